@@ -1,0 +1,160 @@
+"""The loss and all its gradients: pyfast_ppo against rsl_rl's own formula, in eager PyTorch and under torch.compile.
+
+python bench/bench_loss.py            # the table of the README
+python bench/bench_loss.py --quick    # the first two lines, fewer rounds
+python bench/bench_loss.py --save     # also writes bench/results/<machine>/loss.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from harness import RESULTS, interleave, machine, print_table, write_results
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+import pyfast_ppo
+
+COEFFICIENTS = {"clip_param": 0.2, "value_loss_coef": 1.0, "entropy_coef": 0.01}
+NUM_INPUT_SETS = 4
+
+# rows N, actions A, whether old_std is stored per row as rsl_rl does, and the least that is expected: (eager, compiled)
+CASES = [
+    (24_576, 12, True, (20.0, 2.5)),
+    (24_576, 12, False, (25.0, 3.0)),
+    (98_304, 29, True, None),
+    (98_304, 29, False, None),
+    (24_576, 1, True, None),
+    (24_576, 37, True, None),
+]
+
+
+def make_inputs(
+    num_rows: int, num_actions: int, old_std_per_row: bool, seed: int, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """A mini-batch a few steps into an update; mean, std and values require gradients."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    old_mean = randn(num_rows, num_actions)
+    old_std = 0.5 + torch.rand(num_actions, generator=g)
+    actions = old_mean + old_std * randn(num_rows, num_actions)
+    old_log_prob = Normal(old_mean, old_std).log_prob(actions).sum(-1, keepdim=True)
+    mean = (old_mean + 0.05 * randn(num_rows, num_actions)).to(device).requires_grad_()
+    std = (old_std * 1.02).to(device).requires_grad_()
+    old_values = randn(num_rows, 1)
+    values = (old_values + 0.1 * randn(num_rows, 1)).to(device).requires_grad_()
+    if old_std_per_row:
+        old_std = old_std.repeat(num_rows, 1)
+    rollout = (actions, old_log_prob, old_mean, old_std, randn(num_rows, 1), randn(num_rows, 1), old_values)
+    return mean, std, values, *(t.to(device) for t in rollout)
+
+
+def stock_loss(
+    mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values
+) -> tuple[Tensor, Tensor]:
+    """The lines of rsl_rl 5.5.1's PPO.update between the networks and backward(), and its distribution's formulas."""
+    clip_param, value_loss_coef, entropy_coef = COEFFICIENTS.values()
+    distribution = Normal(mean, std, validate_args=False)
+    actions_log_prob = distribution.log_prob(actions).sum(dim=-1)
+    entropy = distribution.entropy().sum(dim=-1)
+    with torch.no_grad():
+        old = Normal(old_mean, old_std, validate_args=False)
+        new = Normal(distribution.mean, distribution.stddev, validate_args=False)
+        kl_mean = kl_divergence(old, new).sum(dim=-1).mean()
+    ratio = torch.exp(actions_log_prob - torch.squeeze(old_log_prob))
+    surrogate = -torch.squeeze(advantages) * ratio
+    surrogate_clipped = -torch.squeeze(advantages) * torch.clamp(ratio, 1.0 - clip_param, 1.0 + clip_param)
+    surrogate_loss = torch.max(surrogate, surrogate_clipped).mean()
+    value_clipped = old_values + (values - old_values).clamp(-clip_param, clip_param)
+    value_losses = (values - returns).pow(2)
+    value_losses_clipped = (value_clipped - returns).pow(2)
+    value_loss = torch.max(value_losses, value_losses_clipped).mean()
+    return surrogate_loss + value_loss_coef * value_loss - entropy_coef * entropy.mean(), kl_mean
+
+
+def contenders(inputs: list[tuple[Tensor, ...]]) -> dict[str, Callable[[int], object]]:
+    compiled = torch.compile(stock_loss)
+
+    def with_gradients(loss_of: Callable[..., tuple[Tensor, ...]]) -> Callable[[int], object]:
+        def call(i: int) -> object:
+            args = inputs[i % len(inputs)]
+            out = loss_of(*args)
+            return out, torch.autograd.grad(out[0], args[:3])
+
+        return call
+
+    sources = inputs[0]
+    buffers = [torch.empty_like(t) for t in sources]
+    return {
+        "eager": with_gradients(stock_loss),
+        "compiled": with_gradients(compiled),
+        "ppo_loss": with_gradients(lambda *args: pyfast_ppo.ppo_loss(*args, **COEFFICIENTS)),
+        "ppo_loss_and_grad": lambda i: pyfast_ppo.ppo_loss_and_grad(*inputs[i % len(inputs)], **COEFFICIENTS),
+        "copy": lambda i: torch._foreach_copy_(buffers, [t.detach() for t in inputs[i % len(inputs)]]),
+    }
+
+
+def bytes_of(inputs: tuple[Tensor, ...]) -> int:
+    """What one pass must move: every input read once, the three gradients written once."""
+    return sum(t.numel() * t.element_size() for t in (*inputs, *inputs[:3]))
+
+
+def check_agreement(inputs: tuple[Tensor, ...]) -> None:
+    """A benchmark of two different things would be worthless."""
+    loss, kl = stock_loss(*inputs)
+    stock_grads = torch.autograd.grad(loss, inputs[:3])
+    out, grads = pyfast_ppo.ppo_loss_and_grad(*inputs, **COEFFICIENTS)
+    torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.kl, kl, rtol=1e-3, atol=1e-6)
+    for ours, stock in zip(grads, stock_grads, strict=True):
+        assert (ours - stock).norm() <= 1e-5 * stock.norm(), "the gradients differ"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first two cases, fewer rounds")
+    parser.add_argument("--rounds", type=int, default=None, help="rounds per case (default: 100, quick: 40)")
+    parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME/loss.json")
+    args = parser.parse_args()
+    rounds = args.rounds or (40 if args.quick else 100)
+    print("  ".join(f"{k}: {v}" for k, v in machine().items()))
+
+    rows, missed = [], []
+    for num_rows, num_actions, old_std_per_row, bar in CASES[:2] if args.quick else CASES:
+        inputs = [make_inputs(num_rows, num_actions, old_std_per_row, seed) for seed in range(NUM_INPUT_SETS)]
+        check_agreement(inputs[0])
+        start = time.perf_counter()
+        timings = interleave(contenders(inputs), rounds)
+        ours = timings["ppo_loss_and_grad"]
+        moved = bytes_of(inputs[0])
+        input_bytes = sum(t.numel() * t.element_size() for t in inputs[0])
+        row = {"N": num_rows, "A": num_actions, "old_std": "[N, A]" if old_std_per_row else "[A]"}
+        row |= {f"{name} ms": f"{1e3 * t.median:.3f}" for name, t in timings.items() if name != "copy"}
+        row["spread ms"] = f"{1e3 * ours.percentile(0.1):.3f} to {1e3 * ours.percentile(0.9):.3f}"
+        for name in ("ppo_loss_and_grad", "ppo_loss"):
+            faster = [timings[name].times_faster_than(timings[other]) for other in ("eager", "compiled")]
+            row[f"{name} x eager"], row[f"{name} x compiled"] = (f"{f:.1f}" for f in faster)
+            if bar and name == "ppo_loss_and_grad" and any(f < b for f, b in zip(faster, bar, strict=True)):
+                missed.append(f"N = {num_rows}, A = {num_actions}, old_std {row['old_std']}: {faster}, expected {bar}")
+        row["GB/s"] = f"{moved / ours.median / 1e9:.1f}"
+        row["copy GB/s"] = f"{2 * input_bytes / timings['copy'].median / 1e9:.1f}"
+        rows.append(row)
+        print(f"N = {num_rows}, A = {num_actions}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+    print_table(rows, list(rows[0]))
+    for line in missed:
+        print(f"below the bar: {line}")
+    if args.save:
+        print(f"written: {write_results('loss', rows, RESULTS / args.save)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,116 @@
+"""Timing that can be trusted on a shared machine: contenders take turns in one process, and medians are compared.
+
+Method: every contender is called once per round, in an order that is reversed every other round (A B C, C B A, …), on
+input sets that rotate, so that none finds its data warm from the call before. The first rounds do not count. Reported
+are the median and the spread (10th to 90th percentile) of each, and the median over rounds of the ratio of two
+contenders' times in the same round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import pyfast_ppo
+from pyfast_ppo import backends
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Timing:
+    """Seconds per call, one entry per round."""
+
+    name: str
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    def percentile(self, share: float) -> float:
+        return sorted(self.seconds)[round(share * (len(self.seconds) - 1))]
+
+    def times_faster_than(self, other: Timing) -> float:
+        """Median over rounds of the other's time by this one's."""
+        return median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def interleave(
+    contenders: dict[str, Callable[[int], object]],
+    rounds: int,
+    warmup: int = 5,
+    synchronize: Callable[[], None] | None = None,
+) -> dict[str, Timing]:
+    """Times each ``contender(round)`` once per round; ``synchronize`` is called before the clock is read (GPUs)."""
+    timings = {name: Timing(name, []) for name in contenders}
+    names = list(contenders)
+    for i in range(-warmup, rounds):
+        for name in names if i % 2 else reversed(names):
+            start = time.perf_counter()
+            contenders[name](i)
+            if synchronize:
+                synchronize()
+            if i >= 0:
+                timings[name].seconds.append(time.perf_counter() - start)
+    return timings
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    return {
+        "date": date.today().isoformat(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyfast_ppo": pyfast_ppo.__version__,
+        "commit": _commit(),
+        "backends": "; ".join(f"{s.name}: {s.detail}" for s in backends.status() if s.available),
+    }
+
+
+def write_results(subject: str, rows: Sequence[dict], directory: Path) -> Path:
+    """One JSON file per subject, with the machine beside the figures."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{subject}.json"
+    path.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n")
+    return path
+
+
+def print_table(rows: Sequence[dict], columns: Sequence[str]) -> None:
+    """Rows of formatted strings, columns as wide as they have to be."""
+    widths = {c: max(len(c), *(len(str(row[c])) for row in rows)) for c in columns}
+    print("  ".join(c.ljust(widths[c]) for c in columns))
+    for row in rows:
+        print("  ".join(str(row[c]).ljust(widths[c]) for c in columns))
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str:
+    try:
+        root = Path(__file__).parent
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

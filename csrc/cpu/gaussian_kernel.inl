@@ -1,0 +1,119 @@
+// The kernels, once per instruction set (for_each_isa.h), on one tile of rows as a flat array.
+
+#include "tile.inl"
+
+// memory: kGaussianScratch arrays of tile_elements + kLanes
+template <class T>
+struct GaussianTile {
+  const GaussianCall& call;
+  int64_t row, rows, n;
+  T* memory;
+
+  GaussianTile(const GaussianCall& c, int64_t tile, T* m) : call(c), row(tile * c.tile_rows), memory(m) {
+    rows = c.shape.num_rows - row < c.tile_rows ? c.shape.num_rows - row : c.tile_rows;
+    n = rows * c.shape.num_actions;
+  }
+
+  T* array(int i) const { return memory + i * (call.tile_elements + kLanes); }
+  const T* read(const View& view, int i) const { return read_rows(view, row, rows, call.shape.num_actions, array(i)); }
+  const T* read_grad(int i, int scratch) const {  // [N], repeated for each action
+    repeat_each(read_rows(call.grad, row, rows, 1, array(scratch)), rows, call.shape.num_actions, array(i));
+    return array(i);
+  }
+  void write_row_sums(const T* terms, T sign, T constant, int scratch) const {
+    T* sums = array(scratch);
+    sum_each_row(terms, rows, call.shape.num_actions, sums);
+    for (int64_t r = 0; r < rows; ++r) sums[r] = sign * sums[r] + constant;
+    write_back(call.out[0], row, rows, sums);
+  }
+  // A gradient [N, A], or this tile's share of the sum over rows for a shared std.
+  void write_gradient(const T* gradient, int output) const {
+    if (call.out[output].data == nullptr) return;
+    if (call.shared[output]) {
+      double* partial = call.partials + (tile_index() * kGaussianOutputs + output) * call.shape.num_actions;
+      for (int64_t j = 0; j < call.shape.num_actions; ++j) partial[j] = 0.0;
+      add_columns(gradient, rows, call.shape.num_actions, partial);
+    } else {
+      write_back(call.out[output], row * call.shape.num_actions, n, gradient);
+    }
+  }
+  int64_t tile_index() const { return row / call.tile_rows; }
+};
+
+template <class T>
+void gaussian_log_prob_tile(const GaussianCall& call, int64_t index, T* memory) {
+  const GaussianTile<T> tile(call, index, memory);
+  const T *actions = tile.read(call.in[0], 0), *mean = tile.read(call.in[1], 1), *std = tile.read(call.in[2], 2);
+  T* terms = tile.array(3);
+  for (int64_t i = 0; i < tile.n; ++i) {
+    const T z = standardized(actions[i], mean[i], T(1) / std[i]);
+    terms[i] = T(0.5) * z * z + log_or_nan(std[i]);
+  }
+  tile.write_row_sums(terms, T(-1), static_cast<T>(-kHalfLog2Pi * static_cast<double>(call.shape.num_actions)), 4);
+}
+
+template <class T>
+void gaussian_log_prob_backward_tile(const GaussianCall& call, int64_t index, T* memory) {
+  const GaussianTile<T> tile(call, index, memory);
+  const T *actions = tile.read(call.in[0], 0), *mean = tile.read(call.in[1], 1), *std = tile.read(call.in[2], 2);
+  const T* grad = tile.read_grad(3, 4);
+  T *grad_mean = tile.array(4), *grad_std = tile.array(5);
+  for (int64_t i = 0; i < tile.n; ++i) {
+    const T inv_std = T(1) / std[i];
+    const T z = standardized(actions[i], mean[i], inv_std);
+    grad_mean[i] = grad[i] * z * inv_std;
+    grad_std[i] = grad[i] * (z * z - T(1)) * inv_std;
+  }
+  tile.write_gradient(grad_mean, 0);
+  tile.write_gradient(grad_std, 1);
+}
+
+template <class T>
+void gaussian_entropy_tile(const GaussianCall& call, int64_t index, T* memory) {
+  const GaussianTile<T> tile(call, index, memory);
+  const T* std = tile.read(call.in[0], 0);
+  T* terms = tile.array(1);
+  for (int64_t i = 0; i < tile.n; ++i) terms[i] = log_or_nan(std[i]);
+  tile.write_row_sums(terms, T(1), static_cast<T>(kHalfLog2PiE * static_cast<double>(call.shape.num_actions)), 2);
+}
+
+template <class T>
+void gaussian_entropy_backward_tile(const GaussianCall& call, int64_t index, T* memory) {
+  const GaussianTile<T> tile(call, index, memory);
+  const T *std = tile.read(call.in[0], 0), *grad = tile.read_grad(1, 2);
+  T* grad_std = tile.array(2);
+  for (int64_t i = 0; i < tile.n; ++i) grad_std[i] = grad[i] / std[i];
+  tile.write_gradient(grad_std, 0);
+}
+
+template <class T>
+void gaussian_kl_tile(const GaussianCall& call, int64_t index, T* memory) {
+  const GaussianTile<T> tile(call, index, memory);
+  const T *mean_p = tile.read(call.in[0], 0), *std_p = tile.read(call.in[1], 1);
+  const T *mean_q = tile.read(call.in[2], 2), *std_q = tile.read(call.in[3], 3);
+  T* terms = tile.array(4);
+  for (int64_t i = 0; i < tile.n; ++i) {
+    const T inv_q = T(1) / std_q[i];
+    terms[i] = kl_terms(mean_p[i], mean_q[i], inv_q, ratio_terms(std_p[i], std_q[i], inv_q)).value;
+  }
+  tile.write_row_sums(terms, T(1), T(0), 5);
+}
+
+template <class T>
+void gaussian_kl_backward_tile(const GaussianCall& call, int64_t index, T* memory) {
+  const GaussianTile<T> tile(call, index, memory);
+  const T *mean_p = tile.read(call.in[0], 0), *std_p = tile.read(call.in[1], 1);
+  const T *mean_q = tile.read(call.in[2], 2), *std_q = tile.read(call.in[3], 3);
+  const T* grad = tile.read_grad(4, 5);
+  T *grad_mean_p = tile.array(5), *grad_std_p = tile.array(6), *grad_std_q = tile.array(7);
+  for (int64_t i = 0; i < tile.n; ++i) {
+    const T inv_q = T(1) / std_q[i];
+    const KlTerms<T> kl = kl_terms(mean_p[i], mean_q[i], inv_q, ratio_terms(std_p[i], std_q[i], inv_q));
+    grad_mean_p[i] = grad[i] * kl.d_mean_p;
+    grad_std_p[i] = grad[i] * kl.d_log_std_p / std_p[i];
+    grad_std_q[i] = grad[i] * kl.d_log_std_q * inv_q;
+  }
+  tile.write_gradient(grad_mean_p, 0);
+  tile.write_gradient(grad_std_p, 1);
+  tile.write_gradient(grad_std_q, 2);
+}

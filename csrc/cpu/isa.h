@@ -1,0 +1,31 @@
+// One kernel source, compiled for several instruction sets and chosen at run time.
+//
+// Usage, in a .cpp file:
+//   #define PYFAST_PPO_KERNEL "ppo_loss_kernel.inl"
+//   #include "for_each_isa.h"
+// includes the kernel once per instruction set, each time inside a namespace of that name; then
+//   PYFAST_PPO_DISPATCH(run_chunks)(arguments)
+// calls the best one that this machine can run.
+//
+// Why pragmas and not -mavx2 on a whole file: the standard library's inline functions would be compiled for AVX2 too,
+// and the linker might keep that copy for everybody.
+#pragma once
+
+namespace pyfast_ppo {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+Isa best_isa();             // what this machine has; PYFAST_PPO_ISA=baseline|avx2|avx512 in the environment lowers it
+const char* isa_name(Isa);  // "baseline", "avx2", "avx512"
+
+}  // namespace pyfast_ppo
+
+#if (defined(__x86_64__) || defined(__amd64__)) && defined(__GNUC__)
+#define PYFAST_PPO_X86 1
+#define PYFAST_PPO_DISPATCH(function)                                        \
+  (::pyfast_ppo::best_isa() == ::pyfast_ppo::Isa::kAvx512 ? avx512::function \
+   : ::pyfast_ppo::best_isa() == ::pyfast_ppo::Isa::kAvx2 ? avx2::function   \
+                                                          : baseline::function)
+#else
+#define PYFAST_PPO_DISPATCH(function) (baseline::function)
+#endif

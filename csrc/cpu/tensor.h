@@ -1,0 +1,85 @@
+// What a kernel knows of a tensor: an address, an element type, two strides. Blocks of rows are read through read_rows,
+// which converts and gathers only where the memory is not already what the kernel computes with.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../math/elementary.h"
+
+namespace pyfast_ppo {
+
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kUInt8 = 4 };
+
+// Sums run in this many partial sums, whatever the instruction set; rows may be written in whole vectors of this
+// length.
+constexpr int kLanes = 16;
+
+// A matrix in memory; strides count elements. row_stride 0: one row shared by all.
+struct View {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t row_stride = 0;
+  int64_t col_stride = 1;
+};
+
+// A contiguous output matrix.
+struct Output {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+template <class T>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<float>() {
+  return DType::kFloat32;
+}
+template <>
+constexpr DType dtype_of<double>() {
+  return DType::kFloat64;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+PYFAST_PPO_INLINE float to_float(float x) { return x; }
+PYFAST_PPO_INLINE double to_float(double x) { return x; }
+PYFAST_PPO_INLINE float to_float(uint8_t x) { return x; }
+PYFAST_PPO_INLINE float to_float(BFloat16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
+PYFAST_PPO_INLINE float to_float(Float16 x) {
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  // multiplying by 2^112 rebases the exponent and normalises subnormals; infinity and NaN keep an exponent of all ones
+  const uint32_t finite = float_bits(float_from_bits(magnitude) * 5.19229686e33f);
+  const uint32_t special = magnitude | 0x7f800000u;
+  return float_from_bits(sign | (magnitude >= 0x0f800000u ? special : finite));
+}
+
+PYFAST_PPO_INLINE void from_float(float x, float* out) { *out = x; }
+PYFAST_PPO_INLINE void from_float(double x, double* out) { *out = x; }
+PYFAST_PPO_INLINE void from_float(double x, float* out) { *out = static_cast<float>(x); }
+PYFAST_PPO_INLINE void from_float(float x, double* out) { *out = x; }
+PYFAST_PPO_INLINE void from_float(float x, BFloat16* out) {  // round to nearest, ties to even
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+}
+PYFAST_PPO_INLINE void from_float(float x, Float16* out) {  // round to nearest, ties to even
+  const uint32_t bits = float_bits(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // below 2^-14 the addition of 1/2 makes the hardware round at the subnormals' last place
+  const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t half = magnitude >= 0x47800000u ? special : (magnitude < 0x38800000u ? subnormal : normal);
+  out->bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+PYFAST_PPO_INLINE void from_float(double x, BFloat16* out) { from_float(static_cast<float>(x), out); }
+PYFAST_PPO_INLINE void from_float(double x, Float16* out) { from_float(static_cast<float>(x), out); }
+
+}  // namespace pyfast_ppo

@@ -1,0 +1,141 @@
+// exp and log of one number, in the forms that stay accurate where PPO lives: ratios near 1, KL near 0.
+//
+// float: branch-free polynomials, so that a loop over them becomes SIMD code with any compiler, on any instruction set.
+// double: the C library, with series where a difference would cancel.
+// tests/csrc/test_math.py holds both against exact values.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define PYFAST_PPO_INLINE __host__ __device__ __forceinline__
+#else
+#define PYFAST_PPO_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace pyfast_ppo {
+
+// Log-ratios are clamped to +-kMaxLogRatio inside exp: e^20 = 4.9e8 is far beyond any clip range and far below
+// overflow.
+constexpr double kMaxLogRatio = 20.0;
+
+PYFAST_PPO_INLINE uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+PYFAST_PPO_INLINE float float_from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// e^x and e^x - 1 - x, the latter never as a difference of near-equal numbers. |x| <= kMaxLogRatio or NaN.
+template <class T>
+struct ExpTerms {
+  T exp;
+  T expm1_minus_x;
+};
+
+PYFAST_PPO_INLINE ExpTerms<float> exp_terms(float x) {
+  // x = n ln 2 + f with |f| <= ln(2)/2; adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  // e^f = 1 + f + f^2 q, Taylor to f^7: its error is below 1e-7 of q.
+  const float q = 0.5f + f * (1.66666667e-1f +
+                              f * (4.16666667e-2f + f * (8.33333333e-3f + f * (1.38888889e-3f + f * 1.98412698e-4f))));
+  const float power = float_from_bits((float_bits(shifted) << 23) + 0x3f800000u);  // 2^n
+  const float expm1_f = f + f * f * q;
+  const float exp_x = power + power * expm1_f;
+  return {exp_x, n == 0.0f ? f * f * q : (power * expm1_f + (power - 1.0f)) - x};
+}
+
+PYFAST_PPO_INLINE ExpTerms<double> exp_terms(double x) {
+  if (std::fabs(x) >= 0.5) return {std::exp(x), std::expm1(x) - x};
+  // sum over k >= 2 of x^k / k!, by Horner from k = 16 down; the remainder is below 1e-20.
+  double series = 0.0;
+  for (int k = 16; k >= 2; --k) series = x / k * (1.0 + series);
+  return {std::exp(x), x * series};
+}
+
+// x = 2^exponent * mantissa with the mantissa in [sqrt(1/2), sqrt(2)), for a positive normal x.
+struct BinaryExponent {
+  float exponent;
+  float mantissa;
+};
+
+PYFAST_PPO_INLINE BinaryExponent binary_exponent(float x) {
+  const uint32_t bits = float_bits(x);
+  const int32_t exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
+  return {static_cast<float>(exponent), float_from_bits(bits - static_cast<uint32_t>(exponent) * 0x800000u)};
+}
+
+// log x; NaN for x <= 0, subnormal, infinite or NaN: a std that is one of these is a fault and has to show.
+PYFAST_PPO_INLINE float log_or_nan(float x) {
+  // log of the mantissa m: 2 atanh(s) with s = (m - 1) / (m + 1)
+  const BinaryExponent b = binary_exponent(x);
+  const float m = b.mantissa;
+  const float s = (m - 1.0f) / (m + 1.0f);
+  const float s2 = s * s;
+  const float tail = s2 * (3.33333333e-1f + s2 * (2.00000000e-1f + s2 * (1.42857143e-1f + s2 * 1.11111111e-1f)));
+  const float result = b.exponent * 0.693147181f + 2.0f * (s + s * tail);
+  const bool valid = x >= std::numeric_limits<float>::min() && x <= std::numeric_limits<float>::max();
+  return valid ? result : std::numeric_limits<float>::quiet_NaN();
+}
+
+PYFAST_PPO_INLINE double log_or_nan(double x) {
+  const bool valid = x >= std::numeric_limits<double>::min() && x <= std::numeric_limits<double>::max();
+  return valid ? std::log(x) : std::numeric_limits<double>::quiet_NaN();
+}
+
+// The terms of a ratio p / q of two standard deviations, d = log(p / q):
+//   expm1 = e^{2d} - 1 and phi = e^{2d} - 1 - 2d, both with a small relative error however close p and q are,
+// because e = (p - q) / q is exact to rounding there (Sterbenz) and e - log1p(e) is summed without cancellation:
+//   log1p(e) = 2 atanh(s), s = e / (2 + e);  e - 2 s = e s;  so e - log1p(e) = e s - 2 s^3 (1/3 + s^2/5 + ...).
+// NaN where p or q is not a positive normal number.
+template <class T>
+struct RatioTerms {
+  T expm1;
+  T phi;
+};
+
+PYFAST_PPO_INLINE RatioTerms<float> ratio_terms(float p, float q, float inv_q) {
+  const float e = (p - q) * inv_q;
+  const float ratio = p * inv_q;
+  const BinaryExponent b = binary_exponent(ratio);
+  const float m1 = b.exponent == 0.0f ? e : b.mantissa - 1.0f;
+  const float s = m1 / (2.0f + m1);
+  const float s2 = s * s;
+  const float tail =
+      2.0f * s * s2 * (3.33333333e-1f + s2 * (2.00000000e-1f + s2 * (1.42857143e-1f + s2 * 1.11111111e-1f)));
+  const float expm1 = e * (2.0f + e);
+  const float near = 2.0f * (m1 * s - tail) + e * e;
+  const float far = expm1 - 2.0f * (b.exponent * 0.693147181f + (2.0f * s + tail));
+  constexpr float smallest = std::numeric_limits<float>::min(), largest = std::numeric_limits<float>::max();
+  const bool valid = p >= smallest && p <= largest && q >= smallest && q <= largest && ratio >= smallest;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  return {valid ? expm1 : nan, valid ? (b.exponent == 0.0f ? near : far) : nan};
+}
+
+PYFAST_PPO_INLINE RatioTerms<double> ratio_terms(double p, double q, double inv_q) {
+  constexpr double smallest = std::numeric_limits<double>::min(), largest = std::numeric_limits<double>::max();
+  if (!(p >= smallest && p <= largest && q >= smallest && q <= largest)) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    return {nan, nan};
+  }
+  const double e = (p - q) * inv_q;
+  const double expm1 = e * (2.0 + e);
+  if (std::fabs(e) > 0.4) return {expm1, expm1 - 2.0 * std::log1p(e)};
+  const double s = e / (2.0 + e);
+  const double s2 = s * s;
+  double series = 0.0;  // 1/3 + s^2/5 + s^4/7 + ...; |s| <= 1/4: 14 terms reach 1e-17
+  for (int k = 13; k >= 0; --k) series = series * s2 + 1.0 / (2 * k + 3);
+  return {expm1, 2.0 * (e * s - 2.0 * s * s2 * series) + e * e};
+}
+
+}  // namespace pyfast_ppo

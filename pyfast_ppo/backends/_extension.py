@@ -1,0 +1,44 @@
+"""Finds the compiled extension ``pyfast_ppo._C``.
+
+Python puts the working directory first on its path. Who works in a checkout therefore imports the checkout's
+``pyfast_ppo``, which has no compiled part, although ``pip install .`` has put one beside the installed package: it is
+looked for there, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from types import ModuleType
+
+from pyfast_ppo._version import __version__
+
+
+def load() -> tuple[ModuleType | None, str | None]:
+    """(the extension, None) or (None, why there is none)."""
+    try:
+        return importlib.import_module("pyfast_ppo._C"), None
+    except ModuleNotFoundError:
+        return _load_installed()
+    except ImportError as error:
+        return None, f"the compiled extension does not load ({error}); run `pip install .` again"
+
+
+def _load_installed() -> tuple[ModuleType | None, str | None]:
+    build = "run `pip install .` in the checkout to build it"
+    try:
+        distribution = importlib.metadata.distribution("pyfast-ppo")
+    except importlib.metadata.PackageNotFoundError:
+        return None, f"the compiled extension is not there, because pyfast-ppo is not installed; {build}"
+    files = [f for f in distribution.files or () if f.match("pyfast_ppo/_C.*") and f.suffix in (".so", ".pyd")]
+    if not files:
+        return None, f"the compiled extension is not there; {build}"
+    if distribution.version != __version__:
+        return None, f"the installed extension is of version {distribution.version}, this is {__version__}; {build}"
+    spec = importlib.util.spec_from_file_location("pyfast_ppo._C", distribution.locate_file(files[0]))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pyfast_ppo._C"] = module
+    spec.loader.exec_module(module)
+    return module, None

@@ -1,0 +1,35 @@
+"""The reference formulas as a backend: slow, and right on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyfast_ppo import reference
+
+name = "eager"
+
+
+def unavailable_reason() -> str | None:
+    return None
+
+
+def detail() -> str:
+    return "plain PyTorch, any device"
+
+
+def ppo_loss(
+    mean: Tensor, std: Tensor, values: Tensor, *rest: Tensor | float | bool | int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, grad_mean, grad_std, grad_values); arguments as ``reference.ppo_loss``."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (mean, std, values)]
+        loss, metrics = reference.ppo_loss(*leaves, *rest)
+        grads = torch.autograd.grad(loss, leaves)
+    return loss.detach(), metrics, *grads
+
+
+def gae(*args: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
+    """(advantages, returns); arguments as ``reference.gae``."""
+    with torch.no_grad():
+        return reference.gae(*args)

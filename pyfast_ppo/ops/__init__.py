@@ -1,0 +1,1 @@
+"""One file per operation: its signature, its checks, its autograd."""

@@ -1,0 +1,111 @@
+"""What the operations ask of their arguments, and how shapes that users have become the flat ones that backends
+take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, t: Tensor, device: torch.device) -> None:
+    """``t`` is a floating-point tensor on ``device``."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}; convert it with .float()"
+        )
+    if t.device != device:
+        raise ValueError(
+            f"{name} is on {t.device}, the other arguments are on {device}; move it with .to({str(device)!r})"
+        )
+
+
+def check_matrix(name: str, t: Tensor) -> torch.Size:
+    """``t`` is [..., A] with at least one row and one action; returns the leading dimensions."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dim() < 2:
+        raise ValueError(f"{name} must be [N, A] (any leading dimensions), got shape {list(t.shape)}")
+    if t.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one action dimension, got A = 0 (shape {list(t.shape)})")
+    if t.numel() == 0:
+        raise ValueError(f"{name} must have at least one row, got N = 0 (shape {list(t.shape)})")
+    return t.shape[:-1]
+
+
+def rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """``t`` of shape [..., A] as [N, A]."""
+    check_tensor(name, t, device)
+    if t.shape != shape:
+        raise ValueError(f"{name} must have the shape {list(shape)}, got {list(t.shape)}")
+    return t if t.dim() == 2 else t.reshape(-1, shape[-1])
+
+
+def row_or_rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """A std of shape [A] as it is, of shape [..., A] as [N, A], and an expanded view of one row as that row [A]."""
+    check_tensor(name, t, device)
+    if t.shape == shape[-1:]:
+        return t
+    if t.shape != shape:
+        raise ValueError(f"{name} must have the shape [{shape[-1]}] or {list(shape)}, got {list(t.shape)}")
+    if is_shared_row(t):
+        return SharedRow.apply(t)
+    return t.contiguous().reshape(-1, shape[-1])
+
+
+def vector(name: str, t: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
+    """``t`` of shape [...] or [..., 1] as [N]."""
+    check_tensor(name, t, device)
+    if t.shape != leading and t.shape != (*leading, 1):
+        raise ValueError(f"{name} must have the shape {list(leading)} or {[*leading, 1]}, got {list(t.shape)}")
+    return t if t.dim() == 1 else t.reshape(-1)
+
+
+def coefficient(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:
+    """A Python number, or a 0-dim tensor that is read on its device when the kernel runs."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}, the other arguments are on {device}; create it there")
+        return value.detach()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+    return float(value)
+
+
+def is_shared_row(t: Tensor) -> bool:
+    """Whether [..., A] is an expanded view of one row: stride 0 in every leading dimension that has more than one
+    entry.
+
+    A leaf that requires a gradient is not: each of its elements then has a gradient of its own.
+    """
+    if t.dim() < 2 or (t.is_leaf and t.requires_grad):
+        return False
+    leading = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
+    return bool(leading) and all(stride == 0 for stride in leading)
+
+
+class SharedRow(torch.autograd.Function):
+    """The row [A] behind an expanded view [..., A].
+
+    The gradient of the row goes back in equal parts to the N rows of the view. Whatever the view was expanded from sums
+    over them, so that it gets the row's gradient; no [N, A] memory is written.
+    """
+
+    @staticmethod
+    def forward(ctx, t: Tensor) -> Tensor:
+        ctx.shape = t.shape
+        return t[(0,) * (t.dim() - 1)].clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return spread_over_rows(grad, ctx.shape)
+
+
+def spread_over_rows(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient [A] of a shared row, in equal parts for each of the rows of [..., A]."""
+    return (grad / (shape.numel() // shape[-1])).expand(shape)

@@ -1,0 +1,106 @@
+"""Generalised advantage estimation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyfast_ppo import backends, reference
+from pyfast_ppo.ops import _arguments as arguments
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    dones: Tensor,
+    last_values: Tensor,
+    gamma: float,
+    lam: float,
+    *,
+    time_outs: Tensor | None = None,
+    final_values: Tensor | None = None,
+    normalize: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of T steps in E environments (Schulman et al. 2016; time-outs as in Pardo et al. 2018).
+
+    δ_t = r_t + γ V(s_{t+1}) - V(s_t) and A_t = δ_t + γλ A_{t+1}; where an episode ends, A_{t+1} counts as 0, and
+    V(s_{t+1}) as 0 or, on a time-out, as the value of the state in which the episode was cut off.
+
+    Args:
+        rewards: [T, E] (here and below also [T, E, 1], as rsl_rl stores it).
+        values: V(s_t). [T, E].
+        dones: Whether the step ended its episode, for any reason. Boolean, integer or floating. [T, E].
+        last_values: V of the observation after the last step. [E] or [E, 1].
+        gamma: Discount factor γ.
+        lam: λ.
+        time_outs: Whether the episode was ended by its time limit, not by the task. Only looked at where ``dones``. [T,
+            E].
+        final_values: On time-outs, the value of the observation before the reset; elsewhere anything. [T, E]. Without
+            it a time-out bootstraps from V(s_t), as rsl_rl does.
+        normalize: Also bring the advantages to mean 0 and unbiased standard deviation 1, as rsl_rl: (A - mean) / (std +
+            1e-8).
+        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
+
+    Returns:
+        (advantages, returns), shaped as ``rewards``; returns = advantages (before normalisation) + values. No
+        gradients.
+
+    Raises:
+        ValueError: A shape, device or backend that does not fit; T = 0; E = 0.
+        TypeError: A tensor of the wrong type.
+        RuntimeError: The backend is not available.
+    """
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards must be a tensor, got {type(rewards).__name__}")
+    shape, device = rewards.shape, rewards.device
+    if not (rewards.dim() == 2 or (rewards.dim() == 3 and shape[-1] == 1)):
+        raise ValueError(f"rewards must be [T, E] or [T, E, 1], got {list(shape)}")
+    if rewards.numel() == 0:
+        raise ValueError(f"rewards must have at least one step and one environment, got {list(shape)}")
+    steps_by_envs = shape[:2]
+    last = arguments.vector("last_values", last_values, steps_by_envs[1:], device).detach()
+    if final_values is not None and time_outs is None:
+        raise ValueError("final_values needs time_outs, which say where it counts")
+    args = (
+        _floats("rewards", rewards, steps_by_envs, device),
+        _floats("values", values, steps_by_envs, device),
+        _flags("dones", dones, steps_by_envs, device),
+        last,
+        float(gamma),
+        float(lam),
+        None if time_outs is None else _flags("time_outs", time_outs, steps_by_envs, device),
+        None if final_values is None else _floats("final_values", final_values, steps_by_envs, device),
+        bool(normalize),
+    )
+    if torch.compiler.is_compiling():
+        with torch.no_grad():  # the compiler sees the formula itself, and fuses it
+            advantages, returns = reference.gae(*args)
+    else:
+        advantages, returns = backends.select(backend, device).gae(*args)
+    return advantages.view(shape), returns.view(shape)
+
+
+def _floats(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    arguments.check_tensor(name, t, device)
+    return _steps_by_envs(name, t, shape).detach()
+
+
+def _flags(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """As bool or uint8: other integers and floating flags are compared with 0."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.device != device:
+        raise ValueError(
+            f"{name} is on {t.device}, the other arguments are on {device}; move it with .to({str(device)!r})"
+        )
+    flags = _steps_by_envs(name, t, shape)
+    return flags if flags.dtype in (torch.bool, torch.uint8) else flags != 0
+
+
+def _steps_by_envs(name: str, t: Tensor, shape: torch.Size) -> Tensor:
+    if t.shape == shape:
+        return t
+    if t.shape == (*shape, 1):
+        return t.squeeze(-1)
+    raise ValueError(f"{name} must have the shape {list(shape)} or {[*shape, 1]}, got {list(t.shape)}")

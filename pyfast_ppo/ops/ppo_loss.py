@@ -1,0 +1,337 @@
+"""The PPO loss with all its gradients in one pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyfast_ppo import backends, reference
+from pyfast_ppo.ops import _arguments as arguments
+from pyfast_ppo.ops._library import LIBRARY
+
+KL_DIRECTIONS = ("old_new", "new_old")
+
+
+class PPOLossOutput(NamedTuple):
+    """What ``ppo_loss`` returns: 0-dim tensors on the device of the inputs. Only ``loss`` carries a gradient."""
+
+    loss: Tensor
+    """surrogate + value_loss_coef · value_loss - entropy_coef · entropy + kl_coef · kl"""
+    surrogate: Tensor
+    """Mean over all rows of max(-A·r, -A·clamp(r, 1 - ε, 1 + ε))."""
+    value_loss: Tensor
+    """Mean over all rows of the (clipped) squared error, without a factor ½."""
+    entropy: Tensor
+    """Mean entropy of the new policy over the original rows, in nats."""
+    kl: Tensor
+    """Mean exact KL in ``kl_direction`` over the original rows, in nats."""
+    approx_kl: Tensor
+    """Mean over all rows of (r - 1) - log r, Schulman's k3 estimate of KL(old‖new)."""
+    clip_fraction: Tensor
+    """Share of all rows whose ratio lies outside [1 - ε, 1 + ε]."""
+    max_ratio: Tensor
+    """The largest ratio; at most e²⁰, because the log-ratio is clamped to ±20 inside exp."""
+    nonfinite: Tensor
+    """Number of rows with an input or a log-ratio that is not finite, or a std that is not positive."""
+
+
+class _Call(NamedTuple):
+    """Arguments that were checked and made flat, in the order in which backends take them."""
+
+    mean: Tensor  # [N, A]
+    std: Tensor  # [A] or [N, A]
+    values: Tensor  # [N]
+    actions: Tensor  # [N, A]
+    old_log_prob: Tensor  # [N]
+    old_mean: Tensor  # [num_original or N, A]
+    old_std: Tensor  # [A] or [num_original or N, A]
+    advantages: Tensor  # [N]
+    returns: Tensor  # [N]
+    old_values: Tensor  # [N]
+    clip_param: float | Tensor
+    value_loss_coef: float | Tensor
+    entropy_coef: float | Tensor
+    kl_coef: float | Tensor
+    use_clipped_value_loss: bool
+    kl_new_old: bool
+    num_original: int
+
+
+def ppo_loss(
+    mean: Tensor,
+    std: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    old_log_prob: Tensor,
+    old_mean: Tensor,
+    old_std: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    old_values: Tensor,
+    *,
+    clip_param: float | Tensor = 0.2,
+    value_loss_coef: float | Tensor = 1.0,
+    entropy_coef: float | Tensor = 0.01,
+    use_clipped_value_loss: bool = True,
+    kl_coef: float | Tensor = 0.0,
+    kl_direction: str = "old_new",
+    num_original: int | None = None,
+    backend: str | None = None,
+) -> PPOLossOutput:
+    """The loss of rsl_rl 5.5's ``PPO.update`` for a diagonal Gaussian policy, plus ``kl_coef`` times the exact KL.
+
+    Forward and backward are one pass over the rows: each input is read once, and the loss, the metrics and every
+    gradient come out of the same kernel. The log-ratio is log π_new(a) - ``old_log_prob``; ``old_mean`` and ``old_std``
+    only enter the KL. The same inputs give the same bits.
+
+    Args:
+        mean: Means of the new policy. [N, A]; any leading dimensions instead of N, as long as all arguments agree.
+        std: Standard deviations of the new policy, > 0. [A] or [N, A]. An expanded view (stride 0) is treated as [A].
+        values: The critic's values. [N] or [N, 1].
+        actions: Actions of the rollout. [N, A].
+        old_log_prob: Log-probabilities of the actions at the rollout. [N] or [N, 1].
+        old_mean: Means of the old policy. [N, A], or [num_original, A].
+        old_std: Standard deviations of the old policy, > 0. [A], [N, A] or [num_original, A].
+        advantages: Advantages. [N] or [N, 1].
+        returns: Targets of the critic. [N] or [N, 1].
+        old_values: Values at the rollout. [N] or [N, 1].
+        clip_param: ε of the clipped surrogate and of the clipped value loss. Like the coefficients a number, or a 0-dim
+            tensor that is read on the device.
+        value_loss_coef: Weight of the value loss.
+        entropy_coef: Weight of the entropy.
+        use_clipped_value_loss: Clip the value step as in Schulman et al. 2017; else the plain squared error.
+        kl_coef: Weight of the exact KL. 0 keeps it out of the gradients.
+        kl_direction: "old_new" for KL(old‖new), "new_old" for KL(new‖old).
+        num_original: Only the first rows enter the entropy and the KL (symmetry augmentation). None: all.
+        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
+
+    Returns:
+        ``PPOLossOutput``. Gradients flow from ``loss`` to ``mean``, ``std`` and ``values``; a second derivative is
+        refused.
+
+    Raises:
+        ValueError: A shape, device, coefficient or backend that does not fit; A = 0; N = 0.
+        TypeError: A tensor that is not float32, float64, bfloat16 or float16.
+        RuntimeError: The backend is not available.
+
+    Faults in the data (std ≤ 0, NaN, infinity) are not looked for on the host: they are counted in ``nonfinite`` and
+    show in the loss.
+    """
+    call = _prepare(
+        mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
+        value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        loss, metrics, *_ = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
+        return PPOLossOutput(loss, *metrics.detach().unbind())
+    run = backends.select(backend, mean.device)
+    if torch.is_grad_enabled() and (call.mean.requires_grad or call.std.requires_grad or call.values.requires_grad):
+        loss, metrics = _PPOLoss.apply(run, *call)
+    else:
+        loss, metrics, *_ = run.ppo_loss(*call)
+    return PPOLossOutput(loss, *metrics.unbind())
+
+
+def ppo_loss_and_grad(
+    mean: Tensor,
+    std: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    old_log_prob: Tensor,
+    old_mean: Tensor,
+    old_std: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    old_values: Tensor,
+    *,
+    clip_param: float | Tensor = 0.2,
+    value_loss_coef: float | Tensor = 1.0,
+    entropy_coef: float | Tensor = 0.01,
+    use_clipped_value_loss: bool = True,
+    kl_coef: float | Tensor = 0.0,
+    kl_direction: str = "old_new",
+    num_original: int | None = None,
+    backend: str | None = None,
+) -> tuple[PPOLossOutput, tuple[Tensor, Tensor, Tensor]]:
+    """As ``ppo_loss``, without autograd: returns ``(out, (grad_mean, grad_std, grad_values))``.
+
+    The gradients have the shapes and dtypes of ``mean``, ``std`` and ``values``, ready for
+    ``torch.autograd.backward([mean, std, values], grads)``. For a std that is an expanded view of one row, that row's
+    gradient comes in equal parts for each of the N rows, so that what it was expanded from sums up to it.
+    """
+    with torch.no_grad():
+        call = _prepare(
+            mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
+            value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
+        else:
+            outputs = backends.select(backend, mean.device).ppo_loss(*call)
+        loss, metrics, grad_mean, grad_std, grad_values = outputs
+        if std.dim() > 1 and grad_std.dim() == 1:
+            grad_std = arguments.spread_over_rows(grad_std, std.shape)
+        grads = (grad_mean.view(mean.shape), grad_std.view(std.shape), grad_values.view(values.shape))
+    return PPOLossOutput(loss, *metrics.unbind()), grads
+
+
+def ppo_loss_reference(
+    mean: Tensor,
+    std: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    old_log_prob: Tensor,
+    old_mean: Tensor,
+    old_std: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    old_values: Tensor,
+    *,
+    clip_param: float | Tensor = 0.2,
+    value_loss_coef: float | Tensor = 1.0,
+    entropy_coef: float | Tensor = 0.01,
+    use_clipped_value_loss: bool = True,
+    kl_coef: float | Tensor = 0.0,
+    kl_direction: str = "old_new",
+    num_original: int | None = None,
+) -> PPOLossOutput:
+    """As ``ppo_loss``, in plain PyTorch with autograd's own derivatives (``pyfast_ppo/reference.py``): the oracle."""
+    call = _prepare(
+        mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
+        value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
+    )  # fmt: skip
+    loss, metrics = reference.ppo_loss(*call)
+    return PPOLossOutput(loss, *metrics.unbind())
+
+
+def _prepare(
+    mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
+    value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
+) -> _Call:  # fmt: skip
+    """Checks every argument and makes the tensors flat."""
+    leading = arguments.check_matrix("mean", mean)
+    device, shape = mean.device, mean.shape
+    num_rows = leading.numel()
+    if num_original is None:
+        num_original = num_rows
+    elif isinstance(num_original, bool) or not isinstance(num_original, (int, torch.SymInt)):
+        raise TypeError(f"num_original must be an integer or None, got {type(num_original).__name__}")
+    elif not 1 <= num_original <= num_rows:
+        raise ValueError(f"num_original must be between 1 and the number of rows, {num_rows}, got {num_original}")
+    if kl_direction not in KL_DIRECTIONS:
+        raise ValueError(
+            f"kl_direction must be 'old_new' (KL(old‖new)) or 'new_old' (KL(new‖old)), got {kl_direction!r}"
+        )
+    clip_param = arguments.coefficient("clip_param", clip_param, device)
+    if isinstance(clip_param, float) and not clip_param >= 0.0:
+        raise ValueError(f"clip_param must not be negative, got {clip_param}")
+    original_shape = torch.Size((num_original, shape[-1]))  # augmented rows have no old distribution of their own
+    return _Call(
+        mean=arguments.rows("mean", mean, shape, device),
+        std=arguments.row_or_rows("std", std, shape, device),
+        values=arguments.vector("values", values, leading, device),
+        actions=arguments.rows("actions", actions, shape, device).detach(),
+        old_log_prob=arguments.vector("old_log_prob", old_log_prob, leading, device).detach(),
+        old_mean=arguments.rows(
+            "old_mean", old_mean, original_shape if _has_shape(old_mean, original_shape) else shape, device
+        ).detach(),
+        old_std=arguments.row_or_rows(
+            "old_std", old_std, original_shape if _has_shape(old_std, original_shape) else shape, device
+        ).detach(),
+        advantages=arguments.vector("advantages", advantages, leading, device).detach(),
+        returns=arguments.vector("returns", returns, leading, device).detach(),
+        old_values=arguments.vector("old_values", old_values, leading, device).detach(),
+        clip_param=clip_param,
+        value_loss_coef=arguments.coefficient("value_loss_coef", value_loss_coef, device),
+        entropy_coef=arguments.coefficient("entropy_coef", entropy_coef, device),
+        kl_coef=arguments.coefficient("kl_coef", kl_coef, device),
+        use_clipped_value_loss=bool(use_clipped_value_loss),
+        kl_new_old=kl_direction == "new_old",
+        num_original=num_original,
+    )
+
+
+def _has_shape(t: Tensor, shape: torch.Size) -> bool:
+    return isinstance(t, Tensor) and t.shape == shape
+
+
+class _PPOLoss(torch.autograd.Function):
+    """The kernel has computed the gradients already: backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, run, *call):
+        loss, metrics, *grads = run.ppo_loss(*call)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        return None, *_scale(grad_loss, ctx.saved_tensors), *(None,) * (len(_Call._fields) - 3)
+
+
+def _scale(grad_loss: Tensor, grads: tuple[Tensor, ...]) -> list[Tensor]:
+    # no comparison with 1 first: that would wait for the device
+    return torch._foreach_mul(list(grads), grad_loss)
+
+
+# --- the operator that torch.compile sees ---------------------------------------------------------------------------
+#
+# A coefficient is a number or a tensor; a schema has no such type, so each comes as both, the tensor first.
+
+_COEFFICIENTS = ("clip_param", "value_loss_coef", "entropy_coef", "kl_coef")
+
+LIBRARY.define(
+    "ppo_loss(Tensor mean, Tensor std, Tensor values, Tensor actions, Tensor old_log_prob, Tensor old_mean, "
+    "Tensor old_std, Tensor advantages, Tensor returns, Tensor old_values, "
+    + ", ".join(f"Tensor? {name}_tensor, float {name}" for name in _COEFFICIENTS)
+    + ", bool use_clipped_value_loss, bool kl_new_old, SymInt num_original, str? backend)"
+    " -> (Tensor loss, Tensor metrics, Tensor grad_mean, Tensor grad_std, Tensor grad_values)"
+)
+_NUM_TENSORS = 10
+_NUM_OP_ARGUMENTS = _NUM_TENSORS + 2 * len(_COEFFICIENTS) + 4
+
+
+def _to_op(call: _Call) -> tuple:
+    pairs = []
+    for value in call[_NUM_TENSORS : _NUM_TENSORS + len(_COEFFICIENTS)]:
+        pairs += (value, 0.0) if isinstance(value, Tensor) else (None, value)
+    return (*call[:_NUM_TENSORS], *pairs, *call[_NUM_TENSORS + len(_COEFFICIENTS) :])
+
+
+def _op(*args):
+    *inputs, use_clipped_value_loss, kl_new_old, num_original, backend = args
+    pairs = inputs[_NUM_TENSORS:]
+    coefficients = [pairs[i + 1] if pairs[i] is None else pairs[i] for i in range(0, len(pairs), 2)]
+    run = backends.select(backend, inputs[0].device)
+    return run.ppo_loss(*inputs[:_NUM_TENSORS], *coefficients, use_clipped_value_loss, kl_new_old, num_original)
+
+
+def _op_fake(mean, std, values, *rest):
+    dtype = reference.arithmetic_dtype(mean, std, values, *rest[: _NUM_TENSORS - 3])
+    return (
+        mean.new_empty((), dtype=dtype),
+        mean.new_empty(len(reference.METRICS), dtype=dtype),
+        mean.new_empty(mean.shape),
+        std.new_empty(std.shape),
+        values.new_empty(values.shape),
+    )
+
+
+def _op_setup_context(ctx, inputs, output):
+    _, metrics, *grads = output
+    ctx.mark_non_differentiable(metrics, *grads)
+    ctx.save_for_backward(*grads)
+
+
+def _op_backward(ctx, grad_loss, *_):
+    return *_scale(grad_loss, ctx.saved_tensors), *(None,) * (_NUM_OP_ARGUMENTS - 3)
+
+
+LIBRARY.impl("ppo_loss", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("pyfast_ppo::ppo_loss", _op_fake, lib=LIBRARY)
+torch.library.register_autograd("pyfast_ppo::ppo_loss", _op_backward, setup_context=_op_setup_context, lib=LIBRARY)

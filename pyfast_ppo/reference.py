@@ -1,0 +1,157 @@
+"""The formulas in plain, differentiable PyTorch: the oracle of the tests and the code of the "eager" backend.
+
+The notation is that of ``docs/formulas.md``: r = π_new / π_old, ℓ = log r, λ = log σ. Every function takes flat
+tensors: N rows, A action dimensions. Arithmetic is in float32, or in float64 as soon as one tensor is float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+HALF_LOG_2PI_E = 0.5 * math.log(2.0 * math.pi * math.e)
+
+MAX_LOG_RATIO = 20.0
+"""|ℓ| is clamped to this inside exp only: float32 overflows at 88.7, and stock autograd yields NaN or inf from there
+on."""
+
+METRICS = ("surrogate", "value_loss", "entropy", "kl", "approx_kl", "clip_fraction", "max_ratio", "nonfinite")
+"""The order of the metrics that every backend returns."""
+
+
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any of the tensors is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _expm1_minus(x: Tensor) -> Tensor:
+    """φ(x) = eˣ - 1 - x, by its Taylor series where the difference would cancel."""
+    series = torch.zeros_like(x)
+    for k in range(16, 2, -1):
+        series = x / k * (1.0 + series)
+    return torch.where(x.abs() < 0.5, 0.5 * x * x * (1.0 + series), torch.expm1(x) - x)
+
+
+def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(a; μ, σ) summed over the actions: Σ -½z² - λ - ½log 2π with z = (a - μ)/σ. [N, A] -> [N]."""
+    z = (actions - mean) / std
+    return (-0.5 * z * z - torch.log(std) - HALF_LOG_2PI).sum(-1)
+
+
+def gaussian_entropy(std: Tensor) -> Tensor:
+    """Σ λ + ½log(2πe). [..., A] -> [...]."""
+    return (torch.log(std) + HALF_LOG_2PI_E).sum(-1)
+
+
+def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
+    """KL(p‖q) = Σ ½[φ(2δ) + m²] with δ = λ_p - λ_q, m = (μ_p - μ_q)/σ_q: never negative, 0 at equality. [N, A] -> [N].
+
+    δ comes from log1p((σ_p - σ_q)/σ_q), whose argument is exact to rounding when the two are close.
+    """
+    delta = torch.log1p((std_p - std_q) / std_q)
+    m = (mean_p - mean_q) / std_q
+    return (0.5 * (_expm1_minus(2.0 * delta) + m * m)).sum(-1)
+
+
+def ppo_loss(
+    mean: Tensor,  # [N, A]
+    std: Tensor,  # [A] or [N, A]
+    values: Tensor,  # [N]
+    actions: Tensor,  # [N, A]
+    old_log_prob: Tensor,  # [N]
+    old_mean: Tensor,  # [num_original or N, A]
+    old_std: Tensor,  # [A] or [num_original or N, A]
+    advantages: Tensor,  # [N]
+    returns: Tensor,  # [N]
+    old_values: Tensor,  # [N]
+    clip_param: float | Tensor,
+    value_loss_coef: float | Tensor,
+    entropy_coef: float | Tensor,
+    kl_coef: float | Tensor,
+    use_clipped_value_loss: bool,
+    kl_new_old: bool,
+    num_original: int,
+) -> tuple[Tensor, Tensor]:
+    """The loss of rsl_rl's ``PPO.update`` plus ``kl_coef`` times the KL: (loss, metrics [8] as in ``METRICS``)."""
+    inputs = (mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values)
+    dtype = arithmetic_dtype(*inputs)
+    mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values = (
+        t.to(dtype) for t in inputs
+    )
+    std = std.expand_as(mean)
+    old_mean = old_mean[:num_original]
+    old_std = old_std.expand_as(mean)[:num_original] if old_std.dim() == 1 else old_std[:num_original]
+
+    # clipped surrogate
+    log_ratio = gaussian_log_prob(actions, mean, std) - old_log_prob  # [N]
+    clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
+    correction = clamped - log_ratio.detach()  # NaN if the log-ratio is not finite, so that it shows
+    ratio = torch.exp(log_ratio + correction)
+    clipped_ratio = torch.clamp(ratio, 1.0 - clip_param, 1.0 + clip_param)
+    surrogate = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+
+    # value loss
+    if use_clipped_value_loss:
+        value_clipped = old_values + (values - old_values).clamp(-clip_param, clip_param)
+        value_loss = torch.max((values - returns).pow(2), (value_clipped - returns).pow(2)).mean()
+    else:
+        value_loss = (returns - values).pow(2).mean()
+
+    # entropy and KL, over the original rows
+    entropy = gaussian_entropy(std[:num_original]).mean()
+    new = (mean[:num_original], std[:num_original])
+    old = (old_mean, old_std)
+    kl_rows = gaussian_kl(*new, *old) if kl_new_old else gaussian_kl(*old, *new)
+    kl = kl_rows.mean()
+    # a coefficient of 0 keeps a KL that overflowed away from the gradients, as if the term were not there
+    kl_term = kl_coef * (kl if isinstance(kl_coef, Tensor) or kl_coef != 0.0 else kl.detach())
+
+    loss = surrogate + value_loss_coef * value_loss - entropy_coef * entropy + kl_term
+
+    with torch.no_grad():
+        approx_kl = (_expm1_minus(clamped) - correction).mean()
+        clip_fraction = ((ratio < 1.0 - clip_param) | (ratio > 1.0 + clip_param)).to(dtype).mean()
+        fine = torch.isfinite(log_ratio)
+        for rollout in (values, advantages, returns, old_values):
+            fine = fine & torch.isfinite(rollout)
+        old_fine = (torch.isfinite(old_mean) & torch.isfinite(old_std) & (old_std > 0)).all(-1)
+        nonfinite = (~fine).sum() + (fine[:num_original] & ~old_fine).sum()
+        metrics = torch.stack(
+            [surrogate, value_loss, entropy, kl, approx_kl, clip_fraction, ratio.max(), nonfinite.to(dtype)]
+        )
+    return loss, metrics
+
+
+def gae(
+    rewards: Tensor,  # [T, E]
+    values: Tensor,  # [T, E]
+    dones: Tensor,  # [T, E]
+    last_values: Tensor,  # [E]
+    gamma: float,
+    lam: float,
+    time_outs: Tensor | None,  # [T, E]
+    final_values: Tensor | None,  # [T, E]
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016): (advantages, returns), each [T, E]."""
+    dtype = arithmetic_dtype(rewards, values, last_values, final_values)
+    rewards, values, next_values = rewards.to(dtype), values.to(dtype), last_values.to(dtype)
+    dones = dones != 0
+    at_end = torch.zeros_like(values)  # V(s') of a step that ends its episode
+    if time_outs is not None:
+        at_end = torch.where(time_outs != 0, values if final_values is None else final_values.to(dtype), at_end)
+    advantages = torch.empty_like(values)
+    advantage = torch.zeros_like(next_values)
+    for t in reversed(range(rewards.shape[0])):
+        next_values = torch.where(dones[t], at_end[t], next_values)
+        delta = rewards[t] + gamma * next_values - values[t]
+        advantage = delta + gamma * lam * torch.where(dones[t], 0.0, advantage)
+        advantages[t] = advantage
+        next_values = values[t]
+    returns = advantages + values
+    if normalize:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    return advantages, returns
