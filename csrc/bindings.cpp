@@ -37,9 +37,8 @@ void ppo_loss(std::tuple<int64_t, int64_t, int64_t> sizes,  // N, num_original, 
               const PyView& old_log_prob, const PyView& old_mean, const PyView& old_std, const PyView& advantages,
               const PyView& returns, const PyView& old_values,
               std::tuple<double, double, double, double> coefficients,  // clip_param, value_loss_, entropy_, kl_coef
-              bool use_clipped_value_loss, bool kl_new_old, const PyOutput& loss, const PyOutput& metrics,
-              const PyOutput& grad_mean, const PyOutput& grad_std, const PyOutput& grad_values, bool use_double,
-              int num_threads) {
+              bool use_clipped_value_loss, bool kl_new_old, const PyOutput& metrics, const PyOutput& grad_mean,
+              const PyOutput& grad_std, const PyOutput& grad_values, bool use_double, int num_threads) {
   pyfast_ppo::PpoLossArgs args;
   std::tie(args.num_rows, args.num_original, args.num_actions) = sizes;
   args.mean = view(mean), args.std = view(std), args.values = view(values);
@@ -48,7 +47,7 @@ void ppo_loss(std::tuple<int64_t, int64_t, int64_t> sizes,  // N, num_original, 
   args.advantages = view(advantages), args.returns = view(returns), args.old_values = view(old_values);
   std::tie(args.clip_param, args.value_loss_coef, args.entropy_coef, args.kl_coef) = coefficients;
   args.use_clipped_value_loss = use_clipped_value_loss, args.kl_new_old = kl_new_old;
-  args.loss = output(loss), args.metrics = output(metrics);
+  args.metrics = output(metrics);
   args.grad_mean = output(grad_mean), args.grad_std = output(grad_std), args.grad_values = output(grad_values);
   py::gil_scoped_release release;
   pyfast_ppo::ppo_loss(args, use_double, num_threads);

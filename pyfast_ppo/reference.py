@@ -18,13 +18,18 @@ MAX_LOG_RATIO = 20.0
 """|ℓ| is clamped to this inside exp only: float32 overflows at 88.7, and stock autograd yields NaN or inf from there
 on."""
 
-METRICS = ("surrogate", "value_loss", "entropy", "kl", "approx_kl", "clip_fraction", "max_ratio", "nonfinite")
-"""The order of the metrics that every backend returns."""
+METRICS = ("loss", "surrogate", "value_loss", "entropy", "kl", "approx_kl", "clip_fraction", "max_ratio", "nonfinite")
+"""The order of the metrics that every backend returns, the loss first."""
 
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any of the tensors is, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def savable(t: Tensor) -> Tensor:
+    """``t``, or its copy if autograd could not save it: rsl_rl's storage holds inference tensors."""
+    return t.clone() if not torch.compiler.is_compiling() and t.is_inference() else t
 
 
 def _expm1_minus(x: Tensor) -> Tensor:
@@ -75,11 +80,11 @@ def ppo_loss(
     kl_new_old: bool,
     num_original: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of rsl_rl's ``PPO.update`` plus ``kl_coef`` times the KL: (loss, metrics [8] as in ``METRICS``)."""
+    """The loss of rsl_rl's ``PPO.update`` plus ``kl_coef`` times the KL: (loss, metrics [9] as in ``METRICS``)."""
     inputs = (mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values)
     dtype = arithmetic_dtype(*inputs)
     mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values = (
-        t.to(dtype) for t in inputs
+        savable(t).to(dtype) for t in inputs
     )
     std = std.expand_as(mean)
     old_mean = old_mean[:num_original]
@@ -112,7 +117,7 @@ def ppo_loss(
     loss = surrogate + value_loss_coef * value_loss - entropy_coef * entropy + kl_term
 
     with torch.no_grad():
-        approx_kl = (_expm1_minus(clamped) - correction).mean()
+        approx_kl = (_expm1_minus(clamped) + correction).mean()
         clip_fraction = ((ratio < 1.0 - clip_param) | (ratio > 1.0 + clip_param)).to(dtype).mean()
         fine = torch.isfinite(log_ratio)
         for rollout in (values, advantages, returns, old_values):
@@ -120,7 +125,7 @@ def ppo_loss(
         old_fine = (torch.isfinite(old_mean) & torch.isfinite(old_std) & (old_std > 0)).all(-1)
         nonfinite = (~fine).sum() + (fine[:num_original] & ~old_fine).sum()
         metrics = torch.stack(
-            [surrogate, value_loss, entropy, kl, approx_kl, clip_fraction, ratio.max(), nonfinite.to(dtype)]
+            [loss, surrogate, value_loss, entropy, kl, approx_kl, clip_fraction, ratio.max(), nonfinite.to(dtype)]
         )
     return loss, metrics
 

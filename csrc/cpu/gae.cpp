@@ -43,13 +43,13 @@ void normalize(const GaeArgs& args, const std::vector<double>& sums, int num_thr
   };
   std::vector<double> squares(static_cast<size_t>(blocks));
   for_each_task<T>(blocks, num_threads, kFlatBlock, [&](int64_t i, T* scratch) {
-    squares[i] = PYFAST_PPO_DISPATCH(squared_deviations(advantages + i * kFlatBlock, length(i), mean, scratch));
+    squares[i] = PYFAST_PPO_DISPATCH(T, squared_deviations(advantages + i * kFlatBlock, length(i), mean, scratch));
   });
   double variance = 0.0;
   for (double block_squares : squares) variance += block_squares;
   const T scale = static_cast<T>(std::sqrt(variance / static_cast<double>(count - 1)) + 1e-8);
   for_each_task<T>(blocks, num_threads, 0, [&](int64_t i, T*) {
-    PYFAST_PPO_DISPATCH(normalize_range(advantages + i * kFlatBlock, length(i), mean, scale));
+    PYFAST_PPO_DISPATCH(T, normalize_range(advantages + i * kFlatBlock, length(i), mean, scale));
   });
 }
 
@@ -59,7 +59,7 @@ void run(const GaeArgs& args, int num_threads) {
   std::vector<double> sums(static_cast<size_t>(blocks), 0.0);
   const GaeCall call{args, sums.data()};
   for_each_task<T>(blocks, num_threads, kGaeScratch * kGaeBlock,
-                   [&](int64_t block, T* scratch) { PYFAST_PPO_DISPATCH(run_gae_block(call, block, scratch)); });
+                   [&](int64_t block, T* scratch) { PYFAST_PPO_DISPATCH(T, run_gae_block(call, block, scratch)); });
   if (args.normalize) normalize<T>(args, sums, num_threads);
 }
 

@@ -58,12 +58,22 @@ void run(GaussianCall call, const TileFunction& tile_function) {
   }
 }
 
-#define PYFAST_PPO_RUN(function, call)                                                                              \
-  if (call.shape.use_double) {                                                                                      \
-    run<double>(call, [](const GaussianCall& c, int64_t i, double* s) { PYFAST_PPO_DISPATCH(function(c, i, s)); }); \
-  } else {                                                                                                          \
-    run<float>(call, [](const GaussianCall& c, int64_t i, float* s) { PYFAST_PPO_DISPATCH(function(c, i, s)); });   \
+// A template, so that what PYFAST_PPO_DISPATCH leaves out for double is not compiled.
+#define PYFAST_PPO_RUN(function, call)                                                                       \
+  [&](auto zero) {                                                                                           \
+    using T = decltype(zero);                                                                                \
+    run<T>(call, [](const GaussianCall& c, int64_t i, T* s) { PYFAST_PPO_DISPATCH(T, function(c, i, s)); }); \
   }
+
+// Runs what PYFAST_PPO_RUN made, with the arithmetic that the call asks for.
+template <class Run>
+void with_arithmetic(const GaussianCall& call, const Run& run) {
+  if (call.shape.use_double) {
+    run(double{});
+  } else {
+    run(float{});
+  }
+}
 
 GaussianCall make_call(const GaussianShape& shape) {
   GaussianCall call{};
@@ -76,7 +86,7 @@ GaussianCall make_call(const GaussianShape& shape) {
 void gaussian_log_prob(const GaussianShape& shape, View actions, View mean, View std, Output out) {
   GaussianCall call = make_call(shape);
   call.in[0] = actions, call.in[1] = mean, call.in[2] = std, call.out[0] = out;
-  PYFAST_PPO_RUN(gaussian_log_prob_tile, call)
+  with_arithmetic(call, PYFAST_PPO_RUN(gaussian_log_prob_tile, call));
 }
 
 void gaussian_log_prob_backward(const GaussianShape& shape, View actions, View mean, View std, View grad,
@@ -84,25 +94,25 @@ void gaussian_log_prob_backward(const GaussianShape& shape, View actions, View m
   GaussianCall call = make_call(shape);
   call.in[0] = actions, call.in[1] = mean, call.in[2] = std, call.grad = grad;
   call.out[0] = grad_mean, call.out[1] = grad_std, call.shared[1] = std.row_stride == 0;
-  PYFAST_PPO_RUN(gaussian_log_prob_backward_tile, call)
+  with_arithmetic(call, PYFAST_PPO_RUN(gaussian_log_prob_backward_tile, call));
 }
 
 void gaussian_entropy(const GaussianShape& shape, View std, Output out) {
   GaussianCall call = make_call(shape);
   call.in[0] = std, call.out[0] = out;
-  PYFAST_PPO_RUN(gaussian_entropy_tile, call)
+  with_arithmetic(call, PYFAST_PPO_RUN(gaussian_entropy_tile, call));
 }
 
 void gaussian_entropy_backward(const GaussianShape& shape, View std, View grad, Output grad_std) {
   GaussianCall call = make_call(shape);
   call.in[0] = std, call.grad = grad, call.out[0] = grad_std;
-  PYFAST_PPO_RUN(gaussian_entropy_backward_tile, call)
+  with_arithmetic(call, PYFAST_PPO_RUN(gaussian_entropy_backward_tile, call));
 }
 
 void gaussian_kl(const GaussianShape& shape, View mean_p, View std_p, View mean_q, View std_q, Output out) {
   GaussianCall call = make_call(shape);
   call.in[0] = mean_p, call.in[1] = std_p, call.in[2] = mean_q, call.in[3] = std_q, call.out[0] = out;
-  PYFAST_PPO_RUN(gaussian_kl_tile, call)
+  with_arithmetic(call, PYFAST_PPO_RUN(gaussian_kl_tile, call));
 }
 
 void gaussian_kl_backward(const GaussianShape& shape, View mean_p, View std_p, View mean_q, View std_q, View grad,
@@ -111,7 +121,7 @@ void gaussian_kl_backward(const GaussianShape& shape, View mean_p, View std_p, V
   call.in[0] = mean_p, call.in[1] = std_p, call.in[2] = mean_q, call.in[3] = std_q, call.grad = grad;
   call.out[0] = grad_mean_p, call.out[1] = grad_std_p, call.out[2] = grad_std_q;
   call.shared[1] = std_p.row_stride == 0, call.shared[2] = std_q.row_stride == 0;
-  PYFAST_PPO_RUN(gaussian_kl_backward_tile, call)
+  with_arithmetic(call, PYFAST_PPO_RUN(gaussian_kl_backward_tile, call));
 }
 
 }  // namespace pyfast_ppo

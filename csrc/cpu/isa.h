@@ -4,12 +4,15 @@
 //   #define PYFAST_PPO_KERNEL "ppo_loss_kernel.inl"
 //   #include "for_each_isa.h"
 // includes the kernel once per instruction set, each time inside a namespace of that name; then
-//   PYFAST_PPO_DISPATCH(run_chunks)(arguments)
-// calls the best one that this machine can run.
+//   PYFAST_PPO_DISPATCH(T, run_chunk(arguments))
+// calls the best one that this machine can run. For double that is the baseline: it is there to check float, and
+// compiling it three times would double the build's time.
 //
 // Why pragmas and not -mavx2 on a whole file: the standard library's inline functions would be compiled for AVX2 too,
 // and the linker might keep that copy for everybody.
 #pragma once
+
+#include <type_traits>
 
 namespace pyfast_ppo {
 
@@ -22,10 +25,14 @@ const char* isa_name(Isa);  // "baseline", "avx2", "avx512"
 
 #if (defined(__x86_64__) || defined(__amd64__)) && defined(__GNUC__)
 #define PYFAST_PPO_X86 1
-#define PYFAST_PPO_DISPATCH(function)                                        \
-  (::pyfast_ppo::best_isa() == ::pyfast_ppo::Isa::kAvx512 ? avx512::function \
-   : ::pyfast_ppo::best_isa() == ::pyfast_ppo::Isa::kAvx2 ? avx2::function   \
-                                                          : baseline::function)
+#define PYFAST_PPO_DISPATCH(T, call)                                                   \
+  [&] {                                                                                \
+    if constexpr (std::is_same_v<T, float>) {                                          \
+      if (::pyfast_ppo::best_isa() == ::pyfast_ppo::Isa::kAvx512) return avx512::call; \
+      if (::pyfast_ppo::best_isa() == ::pyfast_ppo::Isa::kAvx2) return avx2::call;     \
+    }                                                                                  \
+    return baseline::call;                                                             \
+  }()
 #else
-#define PYFAST_PPO_DISPATCH(function) (baseline::function)
+#define PYFAST_PPO_DISPATCH(T, call) (baseline::call)
 #endif

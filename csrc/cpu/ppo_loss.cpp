@@ -84,9 +84,8 @@ void finish(const PpoLossCall<T>& call) {
   metrics[kClipFraction] = total[kClipFraction] / rows;
   metrics[kMaxRatio] = total[kMaxRatio] + 0.0 * metrics[kApproxKl];  // NaN if a ratio was
   metrics[kNonfinite] = total[kNonfinite];
-  const double loss = surrogate + args.value_loss_coef * metrics[kValueLoss] - args.entropy_coef * metrics[kEntropy] +
-                      args.kl_coef * metrics[kKl];
-  baseline::write_back(args.loss, 0, 1, &loss);
+  metrics[kLoss] = surrogate + args.value_loss_coef * metrics[kValueLoss] - args.entropy_coef * metrics[kEntropy] +
+                   args.kl_coef * metrics[kKl];
   baseline::write_back(args.metrics, 0, kNumMetrics, metrics);
   if (call.std_per_row) return;
   std::vector<double> grad_std(static_cast<size_t>(A));
@@ -115,9 +114,10 @@ void run(const PpoLossArgs& args, int num_threads) {
     *table = tile;
     tile += call.tile_elements;
   }
-  PYFAST_PPO_DISPATCH(fill_ppo_loss_tables(call));
-  for_each_task<T>(call.num_chunks, num_threads, baseline::ppo_loss_scratch_size(call),
-                   [&](int64_t chunk, T* scratch) { PYFAST_PPO_DISPATCH(run_ppo_loss_chunk(call, chunk, scratch)); });
+  PYFAST_PPO_DISPATCH(T, fill_ppo_loss_tables(call));
+  for_each_task<T>(call.num_chunks, num_threads, baseline::ppo_loss_scratch_size(call), [&](int64_t chunk, T* scratch) {
+    PYFAST_PPO_DISPATCH(T, run_ppo_loss_chunk(call, chunk, scratch));
+  });
   finish(call);
 }
 

@@ -18,7 +18,6 @@ struct PpoLossArgs {
   bool use_clipped_value_loss;
   bool kl_new_old;  // KL(new || old) in place of KL(old || new)
 
-  Output loss;         // [1]
   Output metrics;      // [kNumMetrics]
   Output grad_mean;    // [N, A]
   Output grad_std;     // as std
@@ -26,7 +25,18 @@ struct PpoLossArgs {
 };
 
 // The order of the metrics in the output.
-enum Metric { kSurrogate, kValueLoss, kEntropy, kKl, kApproxKl, kClipFraction, kMaxRatio, kNonfinite, kNumMetrics };
+enum Metric {
+  kLoss,
+  kSurrogate,
+  kValueLoss,
+  kEntropy,
+  kKl,
+  kApproxKl,
+  kClipFraction,
+  kMaxRatio,
+  kNonfinite,
+  kNumMetrics
+};
 
 // Arithmetic in double if any tensor is float64, else in float. The same arguments give the same bits for any
 // num_threads.

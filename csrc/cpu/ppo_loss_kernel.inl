@@ -293,6 +293,7 @@ struct PpoLossKernel {
     }
 
     double* partial = call.partials + chunk * call.partial_size;
+    partial[kLoss] = 0.0;
     partial[kSurrogate] = surrogate_sum.total();
     partial[kValueLoss] = value_sum.total();
     partial[kEntropy] = log_std_sum.total();

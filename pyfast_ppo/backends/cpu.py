@@ -54,6 +54,11 @@ def _empty_like(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype)
 
 
+def _empty_for(t: Tensor, other: Tensor) -> Tensor:
+    """For a gradient that both tensors get, up to its sign: of a dtype that loses nothing for either."""
+    return torch.empty(t.shape, dtype=torch.promote_types(t.dtype, other.dtype))
+
+
 def ppo_loss(
     mean: Tensor,  # [N, A]
     std: Tensor,  # [A] or [N, A]
@@ -72,12 +77,11 @@ def ppo_loss(
     use_clipped_value_loss: bool,
     kl_new_old: bool,
     num_original: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, grad_mean, grad_std, grad_values)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(metrics, grad_mean, grad_std, grad_values)."""
     dtype = arithmetic_dtype(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values
     )
-    loss = torch.empty((), dtype=dtype)
     metrics = torch.empty(len(METRICS), dtype=dtype)
     grad_mean, grad_std, grad_values = _empty_like(mean), _empty_like(std), _empty_like(values)
     _C.ppo_loss(
@@ -95,7 +99,6 @@ def ppo_loss(
         (float(clip_param), float(value_loss_coef), float(entropy_coef), float(kl_coef)),
         use_clipped_value_loss,
         kl_new_old,
-        _output(loss),
         _output(metrics),
         _output(grad_mean),
         _output(grad_std),
@@ -103,7 +106,7 @@ def ppo_loss(
         dtype == torch.float64,
         torch.get_num_threads(),
     )
-    return loss, metrics, grad_mean, grad_std, grad_values
+    return metrics, grad_mean, grad_std, grad_values
 
 
 def gae(
@@ -154,7 +157,7 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
     """(grad_actions, grad_mean, grad_std)."""
-    grad_mean, grad_std = _empty_like(mean), _empty_like(std)
+    grad_mean, grad_std = _empty_for(mean, actions), _empty_like(std)
     _C.gaussian_log_prob_backward(
         _shape(*mean.shape, arithmetic_dtype(actions, mean, std)),
         _view(actions),
@@ -164,7 +167,7 @@ def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std:
         _output(grad_mean),
         _output(grad_std),
     )
-    return -grad_mean, grad_mean, grad_std
+    return (-grad_mean).to(actions.dtype), grad_mean.to(mean.dtype), grad_std
 
 
 def gaussian_entropy(std: Tensor) -> Tensor:
@@ -200,7 +203,8 @@ def gaussian_kl_backward(
     grad: Tensor, mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor
 ) -> tuple[Tensor, ...]:
     """(grad_mean_p, grad_std_p, grad_mean_q, grad_std_q)."""
-    grad_mean_p, grad_std_p, grad_std_q = _empty_like(mean_p), _empty_like(std_p), _empty_like(std_q)
+    grad_mean_p = _empty_for(mean_p, mean_q)
+    grad_std_p, grad_std_q = _empty_like(std_p), _empty_like(std_q)
     _C.gaussian_kl_backward(
         _shape(*mean_p.shape, arithmetic_dtype(mean_p, std_p, mean_q, std_q)),
         _view(mean_p),
@@ -212,4 +216,4 @@ def gaussian_kl_backward(
         _output(grad_std_p),
         _output(grad_std_q),
     )
-    return grad_mean_p, grad_std_p, -grad_mean_p, grad_std_q
+    return grad_mean_p.to(mean_p.dtype), grad_std_p, (-grad_mean_p).to(mean_q.dtype), grad_std_q

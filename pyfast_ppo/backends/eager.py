@@ -20,13 +20,13 @@ def detail() -> str:
 
 def ppo_loss(
     mean: Tensor, std: Tensor, values: Tensor, *rest: Tensor | float | bool | int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, grad_mean, grad_std, grad_values); arguments as ``reference.ppo_loss``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(metrics, grad_mean, grad_std, grad_values); arguments as ``reference.ppo_loss``."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (mean, std, values)]
         loss, metrics = reference.ppo_loss(*leaves, *rest)
         grads = torch.autograd.grad(loss, leaves)
-    return loss.detach(), metrics, *grads
+    return metrics, *grads
 
 
 def gae(*args: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:

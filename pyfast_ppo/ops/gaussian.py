@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyfast_ppo import backends, reference
 from pyfast_ppo.ops import _arguments as arguments
+from pyfast_ppo.ops._autograd import first_order_only
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor, *, backend: str | None = None) -> Tensor:
@@ -95,7 +95,7 @@ def _apply(operation: str, backend: str | None, device: torch.device, flat: tupl
 
 def _reference(operation: str, flat: tuple[Tensor, ...]) -> Tensor:
     dtype = reference.arithmetic_dtype(*flat)
-    return getattr(reference, operation)(*(t.to(dtype) for t in flat))
+    return getattr(reference, operation)(*(reference.savable(t).to(dtype) for t in flat))
 
 
 class _Gaussian(torch.autograd.Function):
@@ -104,10 +104,10 @@ class _Gaussian(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, operation, *inputs):
         ctx.run, ctx.operation = run, operation
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*map(reference.savable, inputs))
         return getattr(run, operation)(*inputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad):
         return None, None, *getattr(ctx.run, ctx.operation + "_backward")(grad, *ctx.saved_tensors)

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyfast_ppo import backends, reference
 from pyfast_ppo.ops import _arguments as arguments
+from pyfast_ppo.ops._autograd import first_order_only
 from pyfast_ppo.ops._library import LIBRARY
 
 KL_DIRECTIONS = ("old_new", "new_old")
@@ -125,14 +125,17 @@ def ppo_loss(
         value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
     )  # fmt: skip
     if torch.compiler.is_compiling():
+        if _is_eager(backend, mean.device.type):  # the compiler sees the formula itself, and fuses it
+            loss, metrics = reference.ppo_loss(*call)
+            return PPOLossOutput(loss, *metrics.unbind()[1:])
         loss, metrics, *_ = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
-        return PPOLossOutput(loss, *metrics.detach().unbind())
+        return PPOLossOutput(loss, *metrics.detach().unbind()[1:])
     run = backends.select(backend, mean.device)
     if torch.is_grad_enabled() and (call.mean.requires_grad or call.std.requires_grad or call.values.requires_grad):
         loss, metrics = _PPOLoss.apply(run, *call)
-    else:
-        loss, metrics, *_ = run.ppo_loss(*call)
-    return PPOLossOutput(loss, *metrics.unbind())
+        return PPOLossOutput(loss, *metrics.unbind()[1:])
+    metrics, *_ = run.ppo_loss(*call)
+    return PPOLossOutput(*metrics.unbind())
 
 
 def ppo_loss_and_grad(
@@ -167,15 +170,15 @@ def ppo_loss_and_grad(
             mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
             value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
         )  # fmt: skip
-        if torch.compiler.is_compiling():
-            outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
+        if torch.compiler.is_compiling() and not _is_eager(backend, mean.device.type):
+            _, *outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
         else:
             outputs = backends.select(backend, mean.device).ppo_loss(*call)
-        loss, metrics, grad_mean, grad_std, grad_values = outputs
+        metrics, grad_mean, grad_std, grad_values = outputs
         if std.dim() > 1 and grad_std.dim() == 1:
             grad_std = arguments.spread_over_rows(grad_std, std.shape)
-        grads = (grad_mean.view(mean.shape), grad_std.view(std.shape), grad_values.view(values.shape))
-    return PPOLossOutput(loss, *metrics.unbind()), grads
+        grads = (_shaped(grad_mean, mean), _shaped(grad_std, std), _shaped(grad_values, values))
+    return PPOLossOutput(*metrics.unbind()), grads
 
 
 def ppo_loss_reference(
@@ -204,7 +207,7 @@ def ppo_loss_reference(
         value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
     )  # fmt: skip
     loss, metrics = reference.ppo_loss(*call)
-    return PPOLossOutput(loss, *metrics.unbind())
+    return PPOLossOutput(loss, *metrics.unbind()[1:])
 
 
 def _prepare(
@@ -233,17 +236,13 @@ def _prepare(
         mean=arguments.rows("mean", mean, shape, device),
         std=arguments.row_or_rows("std", std, shape, device),
         values=arguments.vector("values", values, leading, device),
-        actions=arguments.rows("actions", actions, shape, device).detach(),
-        old_log_prob=arguments.vector("old_log_prob", old_log_prob, leading, device).detach(),
-        old_mean=arguments.rows(
-            "old_mean", old_mean, original_shape if _has_shape(old_mean, original_shape) else shape, device
-        ).detach(),
-        old_std=arguments.row_or_rows(
-            "old_std", old_std, original_shape if _has_shape(old_std, original_shape) else shape, device
-        ).detach(),
-        advantages=arguments.vector("advantages", advantages, leading, device).detach(),
-        returns=arguments.vector("returns", returns, leading, device).detach(),
-        old_values=arguments.vector("old_values", old_values, leading, device).detach(),
+        actions=_data(arguments.rows("actions", actions, shape, device)),
+        old_log_prob=_data(arguments.vector("old_log_prob", old_log_prob, leading, device)),
+        old_mean=_data(arguments.rows("old_mean", old_mean, _either(old_mean, original_shape, shape), device)),
+        old_std=_data(arguments.row_or_rows("old_std", old_std, _either(old_std, original_shape, shape), device)),
+        advantages=_data(arguments.vector("advantages", advantages, leading, device)),
+        returns=_data(arguments.vector("returns", returns, leading, device)),
+        old_values=_data(arguments.vector("old_values", old_values, leading, device)),
         clip_param=clip_param,
         value_loss_coef=arguments.coefficient("value_loss_coef", value_loss_coef, device),
         entropy_coef=arguments.coefficient("entropy_coef", entropy_coef, device),
@@ -254,8 +253,22 @@ def _prepare(
     )
 
 
-def _has_shape(t: Tensor, shape: torch.Size) -> bool:
-    return isinstance(t, Tensor) and t.shape == shape
+@torch.compiler.assume_constant_result
+def _is_eager(backend: str | None, device_type: str) -> bool:
+    return backends.select(backend, torch.device(device_type)).name == "eager"
+
+
+def _data(t: Tensor) -> Tensor:
+    """The rollout has no gradients."""
+    return t.detach() if t.requires_grad else t
+
+
+def _either(t: Tensor, first: torch.Size, second: torch.Size) -> torch.Size:
+    return first if isinstance(t, Tensor) and t.shape == first else second
+
+
+def _shaped(grad: Tensor, of: Tensor) -> Tensor:
+    return grad if grad.shape == of.shape else grad.view(of.shape)
 
 
 class _PPOLoss(torch.autograd.Function):
@@ -263,13 +276,13 @@ class _PPOLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, *call):
-        loss, metrics, *grads = run.ppo_loss(*call)
+        metrics, *grads = run.ppo_loss(*call)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+        return metrics[0].clone(), metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_loss, _):
         return None, *_scale(grad_loss, ctx.saved_tensors), *(None,) * (len(_Call._fields) - 3)
 
@@ -308,7 +321,8 @@ def _op(*args):
     pairs = inputs[_NUM_TENSORS:]
     coefficients = [pairs[i + 1] if pairs[i] is None else pairs[i] for i in range(0, len(pairs), 2)]
     run = backends.select(backend, inputs[0].device)
-    return run.ppo_loss(*inputs[:_NUM_TENSORS], *coefficients, use_clipped_value_loss, kl_new_old, num_original)
+    outputs = run.ppo_loss(*inputs[:_NUM_TENSORS], *coefficients, use_clipped_value_loss, kl_new_old, num_original)
+    return outputs[0][0].clone(), *outputs
 
 
 def _op_fake(mean, std, values, *rest):
