@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <tuple>
 
 #include "cpu/gae.h"
@@ -32,11 +33,20 @@ Output output(const PyOutput& o) {
   return {reinterpret_cast<void*>(std::get<0>(o)), static_cast<DType>(std::get<1>(o))};
 }
 
+// A number, or where one stands in memory.
+using PyCoefficient = std::tuple<uintptr_t, int, double>;
+
+double coefficient(const PyCoefficient& c) {
+  if (std::get<0>(c) == 0) return std::get<2>(c);
+  return pyfast_ppo::read_number(
+      {reinterpret_cast<const void*>(std::get<0>(c)), static_cast<DType>(std::get<1>(c)), 1, 1});
+}
+
 void ppo_loss(std::tuple<int64_t, int64_t, int64_t> sizes,  // N, num_original, A
               const PyView& mean, const PyView& std, const PyView& values, const PyView& actions,
               const PyView& old_log_prob, const PyView& old_mean, const PyView& old_std, const PyView& advantages,
               const PyView& returns, const PyView& old_values,
-              std::tuple<double, double, double, double> coefficients,  // clip_param, value_loss_, entropy_, kl_coef
+              const std::array<PyCoefficient, 4>& coefficients,  // clip_param, value_loss_, entropy_, kl_coef
               bool use_clipped_value_loss, bool kl_new_old, const PyOutput& metrics, const PyOutput& grad_mean,
               const PyOutput& grad_std, const PyOutput& grad_values, bool use_double, int num_threads) {
   pyfast_ppo::PpoLossArgs args;
@@ -45,7 +55,8 @@ void ppo_loss(std::tuple<int64_t, int64_t, int64_t> sizes,  // N, num_original, 
   args.actions = view(actions), args.old_log_prob = view(old_log_prob);
   args.old_mean = view(old_mean), args.old_std = view(old_std);
   args.advantages = view(advantages), args.returns = view(returns), args.old_values = view(old_values);
-  std::tie(args.clip_param, args.value_loss_coef, args.entropy_coef, args.kl_coef) = coefficients;
+  args.clip_param = coefficient(coefficients[0]), args.value_loss_coef = coefficient(coefficients[1]);
+  args.entropy_coef = coefficient(coefficients[2]), args.kl_coef = coefficient(coefficients[3]);
   args.use_clipped_value_loss = use_clipped_value_loss, args.kl_new_old = kl_new_old;
   args.metrics = output(metrics);
   args.grad_mean = output(grad_mean), args.grad_std = output(grad_std), args.grad_values = output(grad_values);

@@ -34,8 +34,9 @@ def savable(t: Tensor) -> Tensor:
 
 def _expm1_minus(x: Tensor) -> Tensor:
     """φ(x) = eˣ - 1 - x, by its Taylor series where the difference would cancel."""
-    series = torch.zeros_like(x)
-    for k in range(16, 2, -1):
+    last = 16 if x.dtype == torch.float64 else 9  # xᵏ / k! is below rounding from there on
+    series = x / last
+    for k in range(last - 1, 2, -1):
         series = x / k * (1.0 + series)
     return torch.where(x.abs() < 0.5, 0.5 * x * x * (1.0 + series), torch.expm1(x) - x)
 
@@ -54,9 +55,11 @@ def gaussian_entropy(std: Tensor) -> Tensor:
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
     """KL(p‖q) = Σ ½[φ(2δ) + m²] with δ = λ_p - λ_q, m = (μ_p - μ_q)/σ_q: never negative, 0 at equality. [N, A] -> [N].
 
-    δ comes from log1p((σ_p - σ_q)/σ_q), whose argument is exact to rounding when the two are close.
+    δ comes from log1p(e), e = (σ_p - σ_q)/σ_q, when the two are close: e is then exact to rounding.
     """
-    delta = torch.log1p((std_p - std_q) / std_q)
+    e = (std_p - std_q) / std_q
+    near = e.abs() < 0.5  # further away e itself is rounded: at -1 + 1e-6 to 6%
+    delta = torch.where(near, torch.log1p(torch.where(near, e, 0.0)), torch.log(std_p / std_q))
     m = (mean_p - mean_q) / std_q
     return (0.5 * (_expm1_minus(2.0 * delta) + m * m)).sum(-1)
 
@@ -108,13 +111,16 @@ def ppo_loss(
     # entropy and KL, over the original rows
     entropy = gaussian_entropy(std[:num_original]).mean()
     new = (mean[:num_original], std[:num_original])
+    # a coefficient of 0 keeps a KL that overflowed away from the gradients, as if the term were not there
+    if isinstance(kl_coef, Tensor):
+        new = tuple(torch.where(kl_coef != 0.0, t, t.detach()) for t in new)
+    elif kl_coef == 0.0:
+        new = tuple(t.detach() for t in new)
     old = (old_mean, old_std)
     kl_rows = gaussian_kl(*new, *old) if kl_new_old else gaussian_kl(*old, *new)
     kl = kl_rows.mean()
-    # a coefficient of 0 keeps a KL that overflowed away from the gradients, as if the term were not there
-    kl_term = kl_coef * (kl if isinstance(kl_coef, Tensor) or kl_coef != 0.0 else kl.detach())
 
-    loss = surrogate + value_loss_coef * value_loss - entropy_coef * entropy + kl_term
+    loss = surrogate + value_loss_coef * value_loss - entropy_coef * entropy + kl_coef * kl
 
     with torch.no_grad():
         approx_kl = (_expm1_minus(clamped) + correction).mean()

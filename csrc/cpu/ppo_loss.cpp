@@ -123,6 +123,11 @@ void run(const PpoLossArgs& args, int num_threads) {
 
 }  // namespace
 
+double read_number(const View& view) {
+  double number;
+  return *baseline::read_rows(view, 0, 1, 1, &number);
+}
+
 void ppo_loss(const PpoLossArgs& args, bool use_double, int num_threads) {
   if (use_double) {
     run<double>(args, num_threads);

@@ -38,6 +38,9 @@ enum Metric {
   kNumMetrics
 };
 
+// The first element of a tensor.
+double read_number(const View& view);
+
 // Arithmetic in double if any tensor is float64, else in float. The same arguments give the same bits for any
 // num_threads.
 void ppo_loss(const PpoLossArgs& args, bool use_double, int num_threads);

@@ -46,6 +46,11 @@ def _row_or_matrix(t: Tensor) -> tuple[int, int, int, int]:
     return (t.data_ptr(), _DTYPE_CODES[t.dtype], 0, t.stride(0))
 
 
+def _coefficient(value: float | Tensor) -> tuple[int, int, float]:
+    """(address, dtype code, -) of a tensor, or (0, -, number)."""
+    return (value.data_ptr(), _DTYPE_CODES[value.dtype], 0.0) if isinstance(value, Tensor) else (0, 0, value)
+
+
 def _output(t: Tensor) -> tuple[int, int]:
     return (t.data_ptr(), _DTYPE_CODES[t.dtype])
 
@@ -96,7 +101,7 @@ def ppo_loss(
         _view(advantages),
         _view(returns),
         _view(old_values),
-        (float(clip_param), float(value_loss_coef), float(entropy_coef), float(kl_coef)),
+        tuple(map(_coefficient, (clip_param, value_loss_coef, entropy_coef, kl_coef))),
         use_clipped_value_loss,
         kl_new_old,
         _output(metrics),

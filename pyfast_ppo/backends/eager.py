@@ -22,8 +22,8 @@ def ppo_loss(
     mean: Tensor, std: Tensor, values: Tensor, *rest: Tensor | float | bool | int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(metrics, grad_mean, grad_std, grad_values); arguments as ``reference.ppo_loss``."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (mean, std, values)]
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [reference.savable(t.detach()).requires_grad_() for t in (mean, std, values)]
         loss, metrics = reference.ppo_loss(*leaves, *rest)
         grads = torch.autograd.grad(loss, leaves)
     return metrics, *grads

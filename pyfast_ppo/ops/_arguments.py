@@ -69,6 +69,8 @@ def coefficient(name: str, value: float | Tensor, device: torch.device) -> float
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it with .float()")
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, the other arguments are on {device}; create it there")
         return value.detach()

@@ -284,11 +284,18 @@ class _PPOLoss(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx, grad_loss, _):
-        return None, *_scale(grad_loss, ctx.saved_tensors), *(None,) * (len(_Call._fields) - 3)
+        grads = ctx.saved_tensors
+        if not _is_known_to_be_one(grad_loss):
+            grads = _scale(grad_loss, grads)
+        return None, *grads, *(None,) * (len(_Call._fields) - 3)
+
+
+def _is_known_to_be_one(grad_loss: Tensor) -> bool:
+    # only in host memory: on a device the question would have to wait for the answer
+    return grad_loss.device.type == "cpu" and not torch.compiler.is_compiling() and grad_loss.detach().numpy() == 1.0
 
 
 def _scale(grad_loss: Tensor, grads: tuple[Tensor, ...]) -> list[Tensor]:
-    # no comparison with 1 first: that would wait for the device
     return torch._foreach_mul(list(grads), grad_loss)
 
 

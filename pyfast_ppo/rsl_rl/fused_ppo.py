@@ -76,7 +76,13 @@ class FusedPPO(PPO):
             RuntimeError: The backend is not available.
         """
         super().__init__(*args, **kwargs)
-        backends.select(backend, torch.device(self.device))  # a wrong name is told now, not after the first rollout
+        # a wrong name is told now, not after the first rollout
+        selected = backends.select(backend, torch.device(self.device))
+        if selected.name == "eager" and backend is None:
+            logger.warning(
+                "No fused backend for %s: FusedPPO runs plain PyTorch, no faster than PPO; see `pyfast-ppo doctor`.",
+                self.device,
+            )
         if kl_direction not in KL_DIRECTIONS:
             raise ValueError(f"kl_direction must be one of {KL_DIRECTIONS}, got {kl_direction!r}")
         self.backend = backend
@@ -202,8 +208,9 @@ class FusedPPO(PPO):
         if self.desired_kl is not None and self.schedule == "adaptive":
             kl = out.kl
             if self.kl_direction != "old_new":
-                new_mean, new_std = mean.detach()[:num_original], std.detach()
-                kl = gaussian_kl(old_mean, old_std, new_mean, new_std, backend=self.backend).mean()
+                new_std = std if std.dim() == 1 else std[:num_original]
+                new = (mean[:num_original].detach(), new_std.detach())
+                kl = gaussian_kl(old_mean, old_std, *new, backend=self.backend).mean()
             self._adapt_learning_rate(kl, step_taken)
 
         self._backward([mean, std, values], list(grads), symmetry_loss, rnd_loss)
