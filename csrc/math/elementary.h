@@ -130,7 +130,7 @@ PYFAST_PPO_INLINE RatioTerms<double> ratio_terms(double p, double q, double inv_
   }
   const double e = (p - q) * inv_q;
   const double expm1 = e * (2.0 + e);
-  if (std::fabs(e) > 0.4) return {expm1, expm1 - 2.0 * std::log1p(e)};
+  if (std::fabs(e) > 0.4) return {expm1, expm1 - 2.0 * std::log(p * inv_q)};
   const double s = e / (2.0 + e);
   const double s2 = s * s;
   double series = 0.0;  // 1/3 + s^2/5 + s^4/7 + ...; |s| <= 1/4: 14 terms reach 1e-17

@@ -12,8 +12,8 @@ from torch import Tensor
 def first_order_only(backward: Callable) -> Callable:
     """For the ``backward`` of an autograd.Function: its result cannot be differentiated again.
 
-    torch's ``once_differentiable`` refuses that only where the incoming gradient itself requires one. A penalty on the gradient
-    would silently get no gradient.
+    torch's ``once_differentiable`` refuses that only where the incoming gradient itself requires one. A penalty on the
+    gradient would silently get no gradient.
     """
 
     @functools.wraps(backward)
@@ -36,6 +36,6 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         raise RuntimeError(
-            "a fused operation of pyfast_ppo has no second derivative; ppo_loss_reference, or the gaussian functions with "
-            "backend='eager', have one"
+            "a fused operation of pyfast_ppo has no second derivative; ppo_loss_reference, or the gaussian functions "
+            "with backend='eager', have one"
         )

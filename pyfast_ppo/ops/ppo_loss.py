@@ -124,6 +124,7 @@ def ppo_loss(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
         value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
     )  # fmt: skip
+    call = call._replace(mean=_scalable(call.mean), std=_scalable(call.std), values=_scalable(call.values))
     if torch.compiler.is_compiling():
         if _is_eager(backend, mean.device.type):  # the compiler sees the formula itself, and fuses it
             loss, metrics = reference.ppo_loss(*call)
@@ -261,6 +262,11 @@ def _is_eager(backend: str | None, device_type: str) -> bool:
 def _data(t: Tensor) -> Tensor:
     """The rollout has no gradients."""
     return t.detach() if t.requires_grad else t
+
+
+def _scalable(t: Tensor) -> Tensor:
+    """float16 cannot hold gradients of a mean over many rows: they are rounded to it after a GradScaler's factor."""
+    return t.float() if t.dtype == torch.float16 else t
 
 
 def _either(t: Tensor, first: torch.Size, second: torch.Size) -> torch.Size:

@@ -91,13 +91,13 @@ class FusedPPO(PPO):
         self.keep_random_stream = keep_random_stream
         self.adapt_before_first_step = adapt_before_first_step
 
-        distribution = self._raw_actor.distribution
-        self._stock_reason = reason_not_fused(distribution)
+        self._stock_reason = reason_not_fused(self._raw_actor)
         if self._stock_reason is not None:
             if kl_coef != 0.0:
                 raise ValueError(f"kl_coef needs a diagonal Gaussian policy: {self._stock_reason}")
             logger.warning("The loss runs on rsl_rl's own formula: %s.", self._stock_reason)
             return
+        distribution = self._raw_actor.distribution
         self._std_is_parameter = std_is_parameter(distribution)
         self._without_sampling = nullcontext if keep_random_stream else SampleSkipper(distribution)
 

@@ -1,25 +1,32 @@
-"""What FusedPPO has to know of a policy's action distribution."""
+"""What FusedPPO has to know of a policy and its action distribution."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rsl_rl.models import MLPModel
 from rsl_rl.modules.distribution import Distribution, GaussianDistribution
 from torch import Tensor
 
 from pyfast_ppo.ops._arguments import is_shared_row
 
 _FORMULAS = ("log_prob", "kl_divergence", "entropy", "params", "mean", "std")
+_MODEL_FORMULAS = ("get_output_log_prob", "get_kl_divergence", "output_entropy", "output_distribution_params")
 
 
-def reason_not_fused(distribution: Distribution | None) -> str | None:
-    """Why the fused loss does not compute what this distribution computes, or None if it does."""
-    kind = type(distribution)
-    if not isinstance(distribution, GaussianDistribution):
-        return f"{kind.__name__} is not a Gaussian"
-    own = [name for name in _FORMULAS if getattr(kind, name) is not getattr(GaussianDistribution, name)]
-    return f"{kind.__name__} has its own {', '.join(own)}" if own else None
+def reason_not_fused(actor: MLPModel) -> str | None:
+    """Why the fused loss does not compute what this policy computes, or None if it does."""
+    if not isinstance(actor.distribution, GaussianDistribution):
+        return f"{type(actor.distribution).__name__} is not a Gaussian"
+    for part, base, formulas in (
+        (actor.distribution, GaussianDistribution, _FORMULAS),
+        (actor, MLPModel, _MODEL_FORMULAS),
+    ):
+        own = [name for name in formulas if getattr(type(part), name) is not getattr(base, name)]
+        if own:
+            return f"{type(part).__name__} has its own {', '.join(own)}"
+    return None
 
 
 def std_is_parameter(distribution: Distribution) -> bool:

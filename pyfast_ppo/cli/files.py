@@ -1,0 +1,121 @@
+"""Files of a run directory: what lies where, and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from pyfast_ppo.cli.errors import UserError
+from pyfast_ppo.cli.train_config import Settings
+
+CONFIG = "config.json"
+HISTORY = "progress.csv"
+PICTURE = "learning_curve.png"
+POLICY = "policy.pt"
+
+_CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a run that is killed, never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_run_dir(log_dir: str | None, env: str) -> Path:
+    """Make the directory of a new run and see that it can be written to.
+
+    Raises:
+        UserError: It cannot be written to, or it already holds a run.
+    """
+    if log_dir is None:
+        safe_name = re.sub(r"[^\w.-]", "_", env)
+        path = Path("logs", "pyfast_ppo", safe_name, time.strftime("%Y-%m-%d_%H-%M-%S"))
+        while path.exists():  # another run was started within the same second
+            path = path.with_name(path.name + "_")
+    else:
+        path = Path(log_dir)
+    if (path / CONFIG).exists():
+        raise UserError(f"{path} already holds a run; continue it with --resume {path}, or choose another --log-dir.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path} ({error.strerror}); choose another --log-dir.") from error
+    check_writable(path)
+    return path
+
+
+def check_writable(run_dir: Path) -> None:
+    """Find out now and not after the first iteration.
+
+    Raises:
+        UserError: No file can be made in the directory.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir} ({error.strerror}); make it writable.") from error
+
+
+def checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Checkpoints of a run directory by their iteration."""
+    return {int(match[1]): file for file in run_dir.iterdir() if (match := _CHECKPOINT_NAME.fullmatch(file.name))}
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint itself, or the newest one of a run directory.
+
+    Raises:
+        UserError: There is none.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; --resume needs a checkpoint or a run directory.")
+    found = checkpoints(path)
+    if not found:
+        raise UserError(f"{path} holds no checkpoint (model_<iteration>.pt); start the run anew.")
+    return found[max(found)]
+
+
+def set_aside_checkpoints(run_dir: Path, since: int) -> None:
+    """Rename those of iterations that will be made again, or the next resume would take them for the newest."""
+    for number, file in checkpoints(run_dir).items():
+        if number >= since:
+            file.rename(file.with_name(file.name + ".old"))
+
+
+def write_config(run_dir: Path, settings: Settings, config: dict) -> None:
+    """Write the settings, which ``--resume`` reads again, and rsl_rl's configuration, for the record."""
+    text = json.dumps({"settings": asdict(settings), "train_config": config}, indent=2)
+    write_atomically(run_dir / CONFIG, text.encode() + b"\n")
+
+
+def read_settings(run_dir: Path) -> Settings:
+    """Read the settings of a run.
+
+    Raises:
+        UserError: They are missing or damaged.
+    """
+    path = run_dir / CONFIG
+    try:
+        return Settings(**json.loads(path.read_bytes())["settings"])
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} is missing, so the task of the run is not known; resume a directory written by pyfast-ppo train."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the settings of a run ({error}); start the run anew.") from error

@@ -1,0 +1,148 @@
+"""rsl_rl's runner with quiet output, whole checkpoints, and loading that runs no code."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rsl_rl.env import VecEnv
+from rsl_rl.runners import OnPolicyRunner
+
+from pyfast_ppo.cli import files
+from pyfast_ppo.cli.errors import UserError
+
+_KEYS = ("actor_state_dict", "critic_state_dict", "optimizer_state_dict", "iter")
+
+
+class TrainRunner(OnPolicyRunner):
+    """``OnPolicyRunner`` for the command line. rsl_rl's prints are swallowed; its TensorBoard logs are kept."""
+
+    def __init__(self, env: VecEnv, config: dict, run_dir: Path, device: str) -> None:
+        """Build algorithm and logger.
+
+        Args:
+            env: The environments.
+            config: Configuration of ``OnPolicyRunner``; it is not changed.
+            run_dir: Where checkpoints and logs go.
+            device: Where actor and critic live.
+        """
+        with _swallow_prints():
+            super().__init__(env, copy.deepcopy(config), str(run_dir), device)
+        self._stock_log = self.logger.log
+        self.logger.log = self._log
+
+    @property
+    def mean_reward(self) -> float | None:
+        """Mean over the last 100 episodes; None before one has ended."""
+        return _mean(self.logger.rewbuffer)
+
+    @property
+    def mean_episode_length(self) -> float | None:
+        """Mean over the last 100 episodes; None before one has ended."""
+        return _mean(self.logger.lenbuffer)
+
+    def learn_until(self, iterations: int, on_iteration: Callable[..., None]) -> None:
+        """Train until the run has had so many iterations; checkpoints every ``save_interval`` and at the end.
+
+        Args:
+            iterations: Iterations of the whole run, counting those before a resume.
+            on_iteration: Called after each iteration with the keyword arguments of ``Logger.log``. May raise.
+        """
+        self._on_iteration = on_iteration
+        with _swallow_prints():
+            self.learn(iterations - self.current_learning_iteration)
+
+    def save(self, path: str, infos: dict | None = None) -> None:
+        """Save a checkpoint that stock rsl_rl can load, too; the file is there as a whole or not at all."""
+        checkpoint = self.alg.save()
+        checkpoint["iter"] = self.current_learning_iteration
+        checkpoint["infos"] = {
+            "env_steps": self.logger.tot_timesteps,
+            "seconds": self.logger.tot_time,
+            "recent_rewards": list(self.logger.rewbuffer),
+            "recent_lengths": list(self.logger.lenbuffer),
+            **(infos or {}),
+        }
+        # Through memory: a full disk is then an OSError with a reason; torch's own writer hides it
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        files.write_atomically(Path(path), buffer.getvalue())
+        self.logger.save_model(path, self.current_learning_iteration)
+
+    def restore(self, path: Path) -> None:
+        """Load a checkpoint so that ``learn_until`` goes on with the iteration after it.
+
+        Raises:
+            UserError: The file is damaged, holds code, or was made for another task.
+        """
+        checkpoint = _read_checkpoint(path, self.device)
+        try:
+            self.alg.load(checkpoint, None, True)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} does not fit the networks of this task; it was made with other settings or another version."
+            ) from error
+        self.current_learning_iteration = checkpoint["iter"] + 1
+        infos = checkpoint.get("infos") or {}
+        self.logger.tot_timesteps = infos.get("env_steps", 0)
+        self.logger.tot_time = infos.get("seconds", 0)
+        self.logger.rewbuffer.extend(infos.get("recent_rewards", ()))
+        self.logger.lenbuffer.extend(infos.get("recent_lengths", ()))
+
+    def export_policy(self, path: Path) -> None:
+        """Export the deterministic policy as TorchScript and see that the file gives the policy's actions.
+
+        It takes the observation groups side by side, ``[E, d]``, and returns the actions before clipping, ``[E, A]``.
+        """
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            self.export_policy_to_jit(str(temporary.parent), temporary.name)
+            policy = self.get_inference_policy(self.device)
+            obs = self.env.get_observations().to(self.device)
+            with torch.inference_mode():
+                expected = policy(obs).cpu()
+                inputs = torch.cat([obs[group] for group in policy.obs_groups], dim=-1).cpu()
+                torch.testing.assert_close(torch.jit.load(str(temporary))(inputs), expected)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def close_logs(self) -> None:
+        """Write out what TensorBoard still holds back."""
+        if self.logger.writer is not None:
+            self.logger.writer.close()
+
+    def _log(self, **values: object) -> None:
+        self._stock_log(**values)
+        self._on_iteration(**values)
+
+
+def _read_checkpoint(path: Path, device: str) -> dict:
+    """Read a checkpoint of tensors and plain values; anything that needs code to be run is refused."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):
+            raise UserError(
+                f"{path} holds Python objects besides tensors; loading them can run code, so it is refused."
+            ) from error
+        raise UserError(f"{path} is damaged or no checkpoint; resume from another one.") from error
+    except (EOFError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no checkpoint; resume from another one.") from error
+    if not isinstance(checkpoint, dict) or not all(key in checkpoint for key in _KEYS):
+        raise UserError(f"{path} is no checkpoint of a training run: it lacks {', '.join(_KEYS)}.")
+    return checkpoint
+
+
+def _mean(values: object) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def _swallow_prints() -> contextlib.redirect_stdout:
+    return contextlib.redirect_stdout(io.StringIO())

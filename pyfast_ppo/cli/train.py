@@ -1,0 +1,62 @@
+"""Train a Gymnasium task and leave a policy, logs and a picture of the learning curve."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from pyfast_ppo.cli.errors import UserError
+from pyfast_ppo.cli.train_config import ALGORITHMS, Settings, default_iterations
+
+_PACKAGES = ("gymnasium", "mujoco", "matplotlib")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command. An absent flag is None: on ``--resume`` it means what the run had."""
+    parser.add_argument("--env", metavar="ID", help=f"Gymnasium id of a continuous-action task ({Settings.env})")
+    parser.add_argument(
+        "--algorithm", choices=ALGORITHMS, help=f"pyfast_ppo's FusedPPO or rsl_rl's PPO ({Settings.algorithm})"
+    )
+    parser.add_argument(
+        "--iterations",
+        type=_positive,
+        metavar="N",
+        help="iterations of the whole run, also of a resumed one"
+        f" ({default_iterations(Settings.env)}; {default_iterations('')} for other tasks)",
+    )
+    parser.add_argument("--num-envs", type=_positive, metavar="N", help=f"environments ({Settings.num_envs})")
+    parser.add_argument("--seed", type=_seed, metavar="N", help=f"seed of everything random ({Settings.seed})")
+    parser.add_argument("--device", metavar="NAME", help=f"device of actor and critic ({Settings.device})")
+    directory = parser.add_mutually_exclusive_group()
+    directory.add_argument("--log-dir", metavar="DIR", help="directory of the run (logs/pyfast_ppo/<env>/<timestamp>)")
+    directory.add_argument(
+        "--resume", metavar="PATH", help="a checkpoint, or a run directory (its newest) to go on from"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train. Returns 0, or 130 when a signal stopped the run.
+
+    Raises:
+        UserError: An argument is wrong, something is missing, or the run failed for a known reason.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"training needs {' and '.join(missing)}; install with: pip install 'pyfast-ppo[gym]'")
+    from pyfast_ppo.cli.training import train  # torch, rsl_rl and matplotlib: only when they are used
+
+    return train(args)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError("must be between 0 and 2147483647")
+    return value

@@ -1,0 +1,356 @@
+// Runs every CPU kernel on random arguments, for test_sanitizers.py: buffers end at the last element that a kernel may
+// touch, so that the sanitizer sees any other access; each element of each output must have been written.
+//
+//   kernel_driver random SEED CASES MAX_THREADS   random arguments
+//   kernel_driver short KERNEL BUFFER             one case, in which that buffer is one element too short: must be
+//   caught kernel_driver names                           the buffers of every kernel, one "KERNEL BUFFER" a line
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gae.h"
+#include "gaussian.h"
+#include "ppo_loss.h"
+
+namespace {
+
+using namespace pyfast_ppo;
+
+constexpr int kBytes[] = {4, 8, 2, 2, 1};   // by DType
+constexpr unsigned char kUnwritten = 0xff;  // a NaN of any type that no arithmetic yields
+
+// What to make of a case: sizes, faults, and which buffer is too short (and on which the whole run depends).
+struct Plan {
+  std::mt19937_64 random;
+  std::string short_buffer;         // the name of one that is too short, or empty
+  std::vector<std::string>* names;  // where names are collected, or null
+  double fault_share;               // of NaN, infinity and numbers <= 0 among the inputs
+  bool any_layout;                  // strides and small types at random, else contiguous float32
+
+  int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random); }
+  bool chance(double share) { return std::uniform_real_distribution<double>(0, 1)(random) < share; }
+};
+
+class Buffers {
+ public:
+  explicit Buffers(Plan& plan) : plan_(plan) {}
+  Buffers(const Buffers&) = delete;
+  Buffers& operator=(const Buffers&) = delete;
+
+  ~Buffers() {
+    for (const Buffer& b : buffers_) std::free(b.data);
+  }
+
+  // An input [rows, cols]; allow_shared: perhaps one row for all.
+  View input(const char* name, int64_t rows, int64_t cols, bool positive, bool allow_shared = false) {
+    DType dtype = DType::kFloat32;
+    int64_t row_stride = cols, col_stride = 1;
+    if (plan_.any_layout) {
+      const DType types[] = {DType::kFloat32, DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
+      dtype = types[plan_.pick(0, 4)];
+      if (dtype == DType::kFloat64 && !use_double) dtype = DType::kFloat32;
+      switch (plan_.pick(0, 5)) {
+        case 0:
+          row_stride = 1, col_stride = rows;  // transposed
+          break;
+        case 1:
+          col_stride = plan_.pick(1, 3), row_stride = cols * col_stride + plan_.pick(0, 3);  // a cut-out
+          break;
+        case 2:
+          if (!is_std(name)) row_stride = 0;  // a std with stride 0 has a gradient of one row
+          break;
+        default:
+          break;
+      }
+      if (allow_shared && plan_.chance(0.5)) row_stride = 0, col_stride = plan_.pick(0, 2);
+      if (is_std(name) && !allow_shared && row_stride == 0) row_stride = cols * col_stride;
+    } else if (allow_shared) {
+      row_stride = 0;
+    }
+    const int64_t count = (rows - 1) * row_stride + (cols - 1) * col_stride + 1;
+    char* data = allocate(name, count, kBytes[static_cast<int>(dtype)]);
+    const int64_t readable = is_short(name) ? count - 1 : count;
+    for (int64_t i = 0; i < readable; ++i) store(data, dtype, i, value(positive));
+    return {data, dtype, row_stride, col_stride};
+  }
+
+  View flags(const char* name, int64_t rows, int64_t cols) {
+    char* data = allocate(name, rows * cols, 1);
+    for (int64_t i = 0; i < rows * cols - (is_short(name) ? 1 : 0); ++i)
+      data[i] = plan_.any_layout ? static_cast<char>(plan_.pick(0, 1)) : 1;
+    return {data, DType::kUInt8, cols, 1};
+  }
+
+  Output output(const char* name, int64_t count, DType dtype) {
+    const int bytes = kBytes[static_cast<int>(dtype)];
+    char* data = allocate(name, count, bytes);
+    if (!is_short(name)) {
+      std::memset(data, kUnwritten, static_cast<size_t>(count * bytes));
+      outputs_.push_back({name, data, count, bytes});
+    }
+    return {data, dtype};
+  }
+
+  DType gradient_dtype() {
+    const DType types[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
+    return plan_.any_layout ? types[plan_.pick(0, 3)] : DType::kFloat32;
+  }
+
+  DType arithmetic_dtype() const { return use_double ? DType::kFloat64 : DType::kFloat32; }
+
+  bool all_written() const {
+    for (const Buffer& b : outputs_) {
+      for (int64_t i = 0; i < b.count; ++i) {
+        bool written = false;
+        for (int k = 0; k < b.bytes; ++k) {
+          written = written || static_cast<unsigned char>(b.data[i * b.bytes + k]) != kUnwritten;
+        }
+        if (!written) {
+          std::fprintf(stderr, "element %lld of %s was not written\n", static_cast<long long>(i), b.name);
+          return false;
+        }
+      }
+    }
+    return true;
+  }
+
+  bool use_double = false;
+
+ private:
+  struct Buffer {
+    const char* name;
+    char* data;
+    int64_t count;
+    int bytes;
+  };
+
+  static bool is_std(const char* name) { return std::strstr(name, "std") != nullptr; }
+  bool is_short(const char* name) const { return plan_.short_buffer == name; }
+
+  char* allocate(const char* name, int64_t count, int bytes) {
+    if (plan_.names != nullptr) plan_.names->push_back(name);
+    const int64_t size = (is_short(name) ? count - 1 : count) * bytes;
+    char* data = static_cast<char*>(std::malloc(static_cast<size_t>(size)));
+    buffers_.push_back({name, data, count, bytes});
+    return data;
+  }
+
+  double value(bool positive) {
+    if (plan_.chance(plan_.fault_share)) {
+      const double faults[] = {std::numeric_limits<double>::quiet_NaN(),
+                               std::numeric_limits<double>::infinity(),
+                               -std::numeric_limits<double>::infinity(),
+                               0.0,
+                               -1.0,
+                               1e30,
+                               1e-40};
+      return faults[plan_.pick(0, 6)];
+    }
+    const double x = std::normal_distribution<double>()(plan_.random);
+    return positive ? 0.1 + x * x : x;
+  }
+
+  static void store(char* data, DType dtype, int64_t i, double x) {
+    switch (dtype) {
+      case DType::kFloat32:
+        from_float(x, reinterpret_cast<float*>(data) + i);
+        break;
+      case DType::kFloat64:
+        from_float(x, reinterpret_cast<double*>(data) + i);
+        break;
+      case DType::kBFloat16:
+        from_float(x, reinterpret_cast<BFloat16*>(data) + i);
+        break;
+      case DType::kFloat16:
+        from_float(x, reinterpret_cast<Float16*>(data) + i);
+        break;
+      case DType::kUInt8:
+        data[i] = x != 0.0;
+        break;
+    }
+  }
+
+  Plan& plan_;
+  std::vector<Buffer> buffers_, outputs_;
+};
+
+// --- one call of each kernel; false if an output was not written
+// ----------------------------------------------------------
+
+struct Sizes {
+  int64_t rows, cols;
+  int threads;
+};
+
+int64_t gradient_size(const View& view, int64_t rows, int64_t cols) {
+  return view.row_stride == 0 ? cols : rows * cols;
+}
+
+bool run_ppo_loss(Plan& plan, const Sizes& n) {
+  Buffers b(plan);
+  b.use_double = plan.any_layout && plan.chance(0.3);
+  PpoLossArgs args;
+  args.num_rows = n.rows, args.num_actions = n.cols;
+  args.num_original = plan.any_layout && plan.chance(0.5) ? plan.pick(1, n.rows) : n.rows;
+  const int64_t old_rows = args.num_original;  // rows beyond are not to be looked at
+  const bool shared_std = plan.any_layout && plan.chance(0.5), shared_old_std = plan.any_layout && plan.chance(0.5);
+  args.mean = b.input("mean", n.rows, n.cols, false);
+  args.std = b.input("std", n.rows, n.cols, true, shared_std);
+  args.values = b.input("values", n.rows, 1, false);
+  args.actions = b.input("actions", n.rows, n.cols, false);
+  args.old_log_prob = b.input("old_log_prob", n.rows, 1, false);
+  args.old_mean = b.input("old_mean", old_rows, n.cols, false);
+  args.old_std = b.input("old_std", old_rows, n.cols, true, shared_old_std);
+  args.advantages = b.input("advantages", n.rows, 1, false);
+  args.returns = b.input("returns", n.rows, 1, false);
+  args.old_values = b.input("old_values", n.rows, 1, false);
+  args.clip_param = 0.2, args.value_loss_coef = 0.5, args.entropy_coef = 0.01;
+  args.kl_coef = plan.chance(0.5) ? 0.3 : 0.0;
+  args.use_clipped_value_loss = plan.chance(0.5), args.kl_new_old = plan.chance(0.5);
+  args.metrics = b.output("metrics", kNumMetrics, b.arithmetic_dtype());
+  args.grad_mean = b.output("grad_mean", n.rows * n.cols, b.gradient_dtype());
+  args.grad_std = b.output("grad_std", gradient_size(args.std, n.rows, n.cols), b.gradient_dtype());
+  args.grad_values = b.output("grad_values", n.rows, b.gradient_dtype());
+  ppo_loss(args, b.use_double, n.threads);
+  return b.all_written();
+}
+
+bool run_gae(Plan& plan, const Sizes& n) {
+  Buffers b(plan);
+  b.use_double = plan.any_layout && plan.chance(0.3);
+  GaeArgs args;
+  args.num_steps = n.rows, args.num_envs = n.cols;
+  args.rewards = b.input("rewards", n.rows, n.cols, false);
+  args.values = b.input("values", n.rows, n.cols, false);
+  args.dones = b.flags("dones", n.rows, n.cols);
+  args.last_values = b.input("last_values", 1, n.cols, false);
+  if (!plan.any_layout || plan.chance(0.7)) args.time_outs = b.flags("time_outs", n.rows, n.cols);
+  if (args.time_outs.data != nullptr && (!plan.any_layout || plan.chance(0.7))) {
+    args.final_values = b.input("final_values", n.rows, n.cols, false);
+  }
+  args.gamma = 0.99, args.lam = 0.95, args.normalize = plan.chance(0.5);
+  args.advantages = b.output("advantages", n.rows * n.cols, b.arithmetic_dtype()).data;
+  args.returns = b.output("returns", n.rows * n.cols, b.arithmetic_dtype()).data;
+  gae(args, b.use_double, n.threads);
+  return b.all_written();
+}
+
+GaussianShape gaussian_shape(Plan& plan, const Sizes& n, Buffers& b) {
+  b.use_double = plan.any_layout && plan.chance(0.3);
+  return {n.rows, n.cols, b.use_double, n.threads};
+}
+
+bool run_log_prob(Plan& plan, const Sizes& n) {
+  Buffers b(plan);
+  const GaussianShape shape = gaussian_shape(plan, n, b);
+  const View actions = b.input("actions", n.rows, n.cols, false), mean = b.input("mean", n.rows, n.cols, false);
+  const View std = b.input("std", n.rows, n.cols, true, plan.any_layout);
+  gaussian_log_prob(shape, actions, mean, std, b.output("out", n.rows, b.arithmetic_dtype()));
+  const View grad = b.input("grad", n.rows, 1, false);
+  const Output grad_mean = b.output("grad_mean", n.rows * n.cols, b.gradient_dtype());
+  const Output grad_std = b.output("grad_std", gradient_size(std, n.rows, n.cols), b.gradient_dtype());
+  gaussian_log_prob_backward(shape, actions, mean, std, grad, grad_mean, grad_std);
+  return b.all_written();
+}
+
+bool run_entropy(Plan& plan, const Sizes& n) {
+  Buffers b(plan);
+  const GaussianShape shape = gaussian_shape(plan, n, b);
+  const View std = b.input("std", n.rows, n.cols, true);
+  gaussian_entropy(shape, std, b.output("out", n.rows, b.arithmetic_dtype()));
+  const View grad = b.input("grad", n.rows, 1, false);
+  gaussian_entropy_backward(shape, std, grad, b.output("grad_std", n.rows * n.cols, b.gradient_dtype()));
+  return b.all_written();
+}
+
+bool run_kl(Plan& plan, const Sizes& n) {
+  Buffers b(plan);
+  const GaussianShape shape = gaussian_shape(plan, n, b);
+  const View mean_p = b.input("mean_p", n.rows, n.cols, false), mean_q = b.input("mean_q", n.rows, n.cols, false);
+  const View std_p = b.input("std_p", n.rows, n.cols, true, plan.any_layout);
+  const View std_q = b.input("std_q", n.rows, n.cols, true, plan.any_layout);
+  gaussian_kl(shape, mean_p, std_p, mean_q, std_q, b.output("out", n.rows, b.arithmetic_dtype()));
+  const View grad = b.input("grad", n.rows, 1, false);
+  const Output grad_mean_p = b.output("grad_mean_p", n.rows * n.cols, b.gradient_dtype());
+  const Output grad_std_p = b.output("grad_std_p", gradient_size(std_p, n.rows, n.cols), b.gradient_dtype());
+  const Output grad_std_q = b.output("grad_std_q", gradient_size(std_q, n.rows, n.cols), b.gradient_dtype());
+  gaussian_kl_backward(shape, mean_p, std_p, mean_q, std_q, grad, grad_mean_p, grad_std_p, grad_std_q);
+  return b.all_written();
+}
+
+struct Kernel {
+  const char* name;
+  bool (*run)(Plan&, const Sizes&);
+};
+
+constexpr Kernel kKernels[] = {
+    {"ppo_loss", run_ppo_loss}, {"gae", run_gae}, {"log_prob", run_log_prob}, {"entropy", run_entropy}, {"kl", run_kl}};
+
+// Small ones, the borders of tiles and chunks, and rows longer than a tile.
+Sizes random_sizes(Plan& plan, int max_threads) {
+  Sizes n;
+  n.threads = static_cast<int>(plan.pick(1, max_threads));
+  switch (plan.pick(0, 4)) {
+    case 0:
+      n.rows = plan.pick(1, 3), n.cols = plan.pick(1, 2100);
+      break;
+    case 1:
+      n.rows = plan.pick(1, 2100), n.cols = plan.pick(1, 3);
+      break;
+    case 2:
+      n.cols = plan.pick(1, 40), n.rows = 8 * (1024 / n.cols) + plan.pick(-2, 2);
+      break;
+    default:
+      n.rows = plan.pick(1, 60), n.cols = plan.pick(1, 40);
+      break;
+  }
+  return n;
+}
+
+int run_random(uint64_t seed, int cases, int max_threads) {
+  for (int i = 0; i < cases; ++i) {
+    Plan plan{std::mt19937_64(seed * 1000003 + static_cast<uint64_t>(i)), "", nullptr, i % 3 == 0 ? 0.01 : 0.0, true};
+    for (const Kernel& kernel : kKernels) {
+      const Sizes n = random_sizes(plan, max_threads);
+      if (!kernel.run(plan, n)) {
+        std::fprintf(stderr, "%s, %lld x %lld, %d threads, case %d of seed %llu\n", kernel.name,
+                     static_cast<long long>(n.rows), static_cast<long long>(n.cols), n.threads, i,
+                     static_cast<unsigned long long>(seed));
+        return 1;
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string mode = argc > 1 ? argv[1] : "";
+  const Sizes small{19, 5, 1};
+  if (mode == "random" && argc == 5) {
+    return run_random(std::strtoull(argv[2], nullptr, 10), std::atoi(argv[3]), std::atoi(argv[4]));
+  }
+  if (mode == "names") {
+    for (const Kernel& kernel : kKernels) {
+      std::vector<std::string> names;
+      Plan plan{std::mt19937_64(1), "", &names, 0.0, false};
+      kernel.run(plan, small);
+      for (const std::string& name : names) std::printf("%s %s\n", kernel.name, name.c_str());
+    }
+    return 0;
+  }
+  if (mode == "short" && argc == 4) {
+    for (const Kernel& kernel : kKernels) {
+      Plan plan{std::mt19937_64(1), argv[3], nullptr, 0.0, false};
+      if (argv[2] == std::string(kernel.name)) kernel.run(plan, small);
+    }
+    return 0;  // reached only if nothing was caught
+  }
+  std::fprintf(stderr, "usage: see the head of kernel_driver.cpp\n");
+  return 2;
+}

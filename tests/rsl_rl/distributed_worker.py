@@ -1,0 +1,67 @@
+"""One of two processes of ``test_distributed.py``: trains with PPO and with FusedPPO and saves what they leave.
+
+Called as ``distributed_worker.py RANK FOLDER``. rsl_rl's runner asks for CUDA devices, so its loop is written out here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from conftest import FUSED, PointEnv, make_config, roll_out, state_of
+from rsl_rl.algorithms import PPO
+
+from pyfast_ppo.rsl_rl import FusedPPO
+
+WORLD_SIZE = 2
+ITERATIONS = 8
+RND = {"num_outputs": 4, "predictor_hidden_dims": [8], "target_hidden_dims": [8], "weight": 0.5}
+
+
+def train(algorithm: str, rank: int, nudge: float = 0.0, **args: object) -> dict:
+    torch.manual_seed(10 + rank)  # each process has networks, actions and an environment of its own
+    env = PointEnv(num_envs=16, seed=rank)
+    cfg = make_config(algorithm, args={"schedule": "adaptive", "rnd_cfg": dict(RND), **args})
+    cfg["multi_gpu"] = {"global_rank": rank, "local_rank": rank, "world_size": WORLD_SIZE}
+    algorithm_class = FusedPPO if algorithm == FUSED else PPO
+    with contextlib.redirect_stdout(io.StringIO()):
+        alg = algorithm_class.construct_algorithm(env.get_observations(), env, cfg, "cpu")
+    before = state_of(alg)
+    with torch.no_grad():
+        for p in alg.actor.parameters():
+            p.mul_(1.0 + nudge)
+    alg.broadcast_parameters()
+    rates, losses = [], []
+    alg.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    for _ in range(ITERATIONS):
+        roll_out(alg, env)
+        losses.append(alg.update())
+    return {"before": before, "state": state_of(alg), "rates": rates, "losses": losses}
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=60),
+    )
+    results = {
+        "stock": train("PPO", rank),
+        "nudged": train("PPO", rank, nudge=2**-23),
+        "fused": train(FUSED, rank, keep_random_stream=True),
+        "default": train(FUSED, rank),
+    }
+    torch.save(results, folder / f"rank_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

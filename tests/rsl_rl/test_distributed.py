@@ -1,0 +1,67 @@
+"""Two processes that average their gradients: gloo, on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+TIMEOUT = 120.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What the two processes saved."""
+    folder = tmp_path_factory.mktemp("distributed")
+    commands = [[sys.executable, str(WORKER), str(rank), str(folder)] for rank in range(2)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
+    ]
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def trained(state: dict) -> dict:
+    """Without RND's target network, which stays as it is: rsl_rl sends it to the other ranks since 5.5 only."""
+    return {name: t for name, t in state.items() if not name.startswith("rnd_state_dict.target.")}
+
+
+@pytest.mark.parametrize("run", ["stock", "fused", "default"])
+def test_the_ranks_end_with_the_same_parameters_and_learning_rate(
+    run: str, ranks: list[dict], state_distance: Callable
+) -> None:
+    """Bit for bit, although each has experience of its own."""
+    first, second = (rank[run] for rank in ranks)
+    assert state_distance(trained(first["before"]), trained(second["before"])) > 0.1
+    assert state_distance(trained(first["state"]), trained(first["before"])) > 0.01
+    assert state_distance(trained(first["state"]), trained(second["state"])) == 0.0
+    assert first["rates"] == second["rates"]
+    assert len(set(first["rates"])) > 2
+    assert first["losses"] != second["losses"]
+
+
+def test_they_end_where_ppo_ends(ranks: list[dict], state_distance: Callable) -> None:
+    """To rounding, as in test_parity.py. PPO sends the learning rate to the other ranks in float32."""
+    for rank in ranks:
+        assert rank["fused"]["rates"] == pytest.approx(rank["stock"]["rates"], rel=1e-6)
+        assert rank["nudged"]["rates"] == rank["stock"]["rates"]
+        yardstick = state_distance(rank["nudged"]["state"], rank["stock"]["state"])
+        assert yardstick < 1e-3
+        assert state_distance(rank["fused"]["state"], rank["stock"]["state"]) <= 20.0 * max(yardstick, 1e-6)
+
+
+def test_each_rank_reports_its_own_losses(ranks: list[dict]) -> None:
+    for rank in ranks:
+        for ours, theirs in zip(rank["fused"]["losses"], rank["stock"]["losses"], strict=True):
+            assert {key: ours[key] for key in theirs} == pytest.approx(theirs, rel=1e-2, abs=1e-3)
