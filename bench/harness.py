@@ -88,12 +88,13 @@ def write_results(subject: str, rows: Sequence[dict], directory: Path) -> Path:
     return path
 
 
-def print_table(rows: Sequence[dict], columns: Sequence[str]) -> None:
-    """Rows of formatted strings, columns as wide as they have to be."""
-    widths = {c: max(len(c), *(len(str(row[c])) for row in rows)) for c in columns}
-    print("  ".join(c.ljust(widths[c]) for c in columns))
+def print_table(rows: Sequence[dict[str, str]]) -> None:
+    """Rows with the same cells; columns as wide as they have to be."""
+    columns = list(rows[0])
+    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    print("  ".join(c.rjust(widths[c]) for c in columns))
     for row in rows:
-        print("  ".join(str(row[c]).ljust(widths[c]) for c in columns))
+        print("  ".join(row[c].rjust(widths[c]) for c in columns))
 
 
 def _cpu_name() -> str:
