@@ -1,9 +1,10 @@
 """Timing that can be trusted on a shared machine: contenders take turns in one process, and medians are compared.
 
-Method: every contender is called once per round, in an order that is reversed every other round (A B C, C B A, …), on
-input sets that rotate, so that none finds its data warm from the call before. The first rounds do not count. Reported
-are the median and the spread (10th to 90th percentile) of each, and the median over rounds of the ratio of two
-contenders' times in the same round.
+Method: contenders take turns of a few calls each, in an order that is reversed every other round (A B C, C B A, …).
+Each call gets the next of several input sets. The first call of a turn finds caches full of another contender's data
+and code; it is kept apart ("first call"), the median of the others is the round's time. The first rounds do not count.
+Reported are the median and the spread (10th to 90th percentile) over rounds, and the median over rounds of the ratio of
+two contenders' times.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ from pyfast_ppo import backends
 RESULTS = Path(__file__).parent / "results"
 
 
+CALLS_PER_TURN = 6  # of which the first is kept apart
+
+
 @dataclass
 class Timing:
     """Seconds per call, one entry per round."""
 
     name: str
     seconds: list[float]
+    first_call: list[float]
 
     @property
     def median(self) -> float:
@@ -49,20 +54,24 @@ class Timing:
 def interleave(
     contenders: dict[str, Callable[[int], object]],
     rounds: int,
-    warmup: int = 5,
+    warmup: int = 3,
     synchronize: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
-    """Times each ``contender(round)`` once per round; ``synchronize`` is called before the clock is read (GPUs)."""
-    timings = {name: Timing(name, []) for name in contenders}
+    """Times each ``contender(i)``, i counting the calls of a turn; ``synchronize`` comes before reading the clock."""
+    timings = {name: Timing(name, [], []) for name in contenders}
     names = list(contenders)
     for i in range(-warmup, rounds):
         for name in names if i % 2 else reversed(names):
-            start = time.perf_counter()
-            contenders[name](i)
-            if synchronize:
-                synchronize()
+            turn = []
+            for call in range(CALLS_PER_TURN):
+                start = time.perf_counter()
+                contenders[name](call)
+                if synchronize:
+                    synchronize()
+                turn.append(time.perf_counter() - start)
             if i >= 0:
-                timings[name].seconds.append(time.perf_counter() - start)
+                timings[name].first_call.append(turn[0])
+                timings[name].seconds.append(median(turn[1:]))
     return timings
 
 

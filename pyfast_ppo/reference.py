@@ -67,7 +67,7 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
 def ppo_loss(
     mean: Tensor,  # [N, A]
     std: Tensor,  # [A] or [N, A]
-    values: Tensor,  # [N]
+    values: Tensor,  # [N] or [N, 1]; so are the other vectors
     actions: Tensor,  # [N, A]
     old_log_prob: Tensor,  # [N]
     old_mean: Tensor,  # [num_original or N, A]
@@ -88,6 +88,9 @@ def ppo_loss(
     dtype = arithmetic_dtype(*inputs)
     mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values = (
         savable(t).to(dtype) for t in inputs
+    )
+    values, old_log_prob, advantages, returns, old_values = (
+        t.reshape(-1) for t in (values, old_log_prob, advantages, returns, old_values)
     )
     std = std.expand_as(mean)
     old_mean = old_mean[:num_original]

@@ -57,11 +57,11 @@ def row_or_rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -
 
 
 def vector(name: str, t: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
-    """``t`` of shape [...] or [..., 1] as [N]."""
+    """``t`` of shape [...] or [..., 1] as [N] or [N, 1]: a view less to make."""
     check_tensor(name, t, device)
     if t.shape != leading and t.shape != (*leading, 1):
         raise ValueError(f"{name} must have the shape {list(leading)} or {[*leading, 1]}, got {list(t.shape)}")
-    return t if t.dim() == 1 else t.reshape(-1)
+    return t if len(leading) == 1 else t.reshape(-1)
 
 
 def coefficient(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:

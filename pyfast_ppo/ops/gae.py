@@ -59,7 +59,7 @@ def gae(
     if rewards.numel() == 0:
         raise ValueError(f"rewards must have at least one step and one environment, got {list(shape)}")
     steps_by_envs = shape[:2]
-    last = arguments.vector("last_values", last_values, steps_by_envs[1:], device).detach()
+    last = arguments.vector("last_values", last_values, steps_by_envs[1:], device).detach().reshape(-1)
     if final_values is not None and time_outs is None:
         raise ValueError("final_values needs time_outs, which say where it counts")
     args = (

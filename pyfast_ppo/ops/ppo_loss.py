@@ -43,14 +43,14 @@ class _Call(NamedTuple):
 
     mean: Tensor  # [N, A]
     std: Tensor  # [A] or [N, A]
-    values: Tensor  # [N]
+    values: Tensor  # [N] or [N, 1]; so are the other vectors
     actions: Tensor  # [N, A]
-    old_log_prob: Tensor  # [N]
+    old_log_prob: Tensor
     old_mean: Tensor  # [num_original or N, A]
     old_std: Tensor  # [A] or [num_original or N, A]
-    advantages: Tensor  # [N]
-    returns: Tensor  # [N]
-    old_values: Tensor  # [N]
+    advantages: Tensor
+    returns: Tensor
+    old_values: Tensor
     clip_param: float | Tensor
     value_loss_coef: float | Tensor
     entropy_coef: float | Tensor
@@ -166,19 +166,18 @@ def ppo_loss_and_grad(
     ``torch.autograd.backward([mean, std, values], grads)``. For a std that is an expanded view of one row, that row's
     gradient comes in equal parts for each of the N rows, so that what it was expanded from sums up to it.
     """
-    with torch.no_grad():
-        call = _prepare(
-            mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
-            value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
-        )  # fmt: skip
-        if torch.compiler.is_compiling() and not _is_eager(backend, mean.device.type):
-            _, *outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
-        else:
-            outputs = backends.select(backend, mean.device).ppo_loss(*call)
-        metrics, grad_mean, grad_std, grad_values = outputs
-        if std.dim() > 1 and grad_std.dim() == 1:
-            grad_std = arguments.spread_over_rows(grad_std, std.shape)
-        grads = (_shaped(grad_mean, mean), _shaped(grad_std, std), _shaped(grad_values, values))
+    call = _prepare(
+        mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
+        value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() and not _is_eager(backend, mean.device.type):
+        _, *outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
+    else:
+        outputs = backends.select(backend, mean.device).ppo_loss(*call)
+    metrics, grad_mean, grad_std, grad_values = outputs
+    if std.dim() > 1 and grad_std.dim() == 1:
+        grad_std = arguments.spread_over_rows(grad_std, std.shape)
+    grads = (_shaped(grad_mean, mean), _shaped(grad_std, std), _shaped(grad_values, values))
     return PPOLossOutput(*metrics.unbind()), grads
 
 

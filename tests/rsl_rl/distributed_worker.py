@@ -51,7 +51,7 @@ def main() -> None:
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=120),
     )
     results = {
         "stock": train("PPO", rank),

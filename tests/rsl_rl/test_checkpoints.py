@@ -66,7 +66,7 @@ def test_training_goes_on_as_if_uninterrupted(first: str, second: str, new_run: 
         assert other.distance(uninterrupted) == 0.0
         assert other.losses == uninterrupted.losses[4:]
     else:
-        assert other.distance(uninterrupted) < 1e-3  # rounding, as RND and Adam amplify it
+        assert other.distance(uninterrupted) < 1e-5  # rounding, as training amplifies it
 
 
 def test_there_and_back(float64: None, new_run: Callable, resumed: Callable) -> None:
@@ -85,7 +85,7 @@ def test_there_and_back(float64: None, new_run: Callable, resumed: Callable) -> 
     run = resumed(FUSED, run, **config(FUSED)).learn(3)
     run = resumed("PPO", run, **config("PPO")).learn(3)
     assert run.rates == alone.rates[-len(run.rates) :]
-    assert run.distance(alone) < 1e-11
+    assert run.distance(alone) < 1e-12
 
 
 @pytest.mark.parametrize("iterations", [0, 2])

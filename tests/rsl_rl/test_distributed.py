@@ -11,7 +11,7 @@ import pytest
 import torch
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-TIMEOUT = 120.0  # seconds
+TIMEOUT = 240.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,9 @@ def test_they_end_where_ppo_ends(ranks: list[dict], state_distance: Callable) ->
         assert rank["fused"]["rates"] == pytest.approx(rank["stock"]["rates"], rel=1e-6)
         assert rank["nudged"]["rates"] == rank["stock"]["rates"]
         yardstick = state_distance(rank["nudged"]["state"], rank["stock"]["state"])
+        print(f"one ulp {yardstick:.1e}, {state_distance(rank['fused']['state'], rank['stock']['state']):.1e}")
         assert yardstick < 1e-3
-        assert state_distance(rank["fused"]["state"], rank["stock"]["state"]) <= 20.0 * max(yardstick, 1e-6)
+        assert state_distance(rank["fused"]["state"], rank["stock"]["state"]) <= 10.0 * max(yardstick, 1e-6)
 
 
 def test_each_rank_reports_its_own_losses(ranks: list[dict]) -> None:

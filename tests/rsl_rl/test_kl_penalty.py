@@ -20,6 +20,8 @@ EXACT_IN_FLOAT32 = {"gamma": 63 / 64, "lam": 15 / 16}  # where rsl_rl's returns 
 class PenalizedPPO(PPO):
     """PPO with the KL of torch.distributions in its loss, for feed-forward policies without RND."""
 
+    rate_by_penalty = False  # the adaptive learning rate goes by the KL of the penalty, not always by KL(old‖new)
+
     def __init__(self, *args, kl_coef: float, kl_direction: str, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.kl_coef = kl_coef
@@ -41,10 +43,11 @@ class PenalizedPPO(PPO):
             kl_new_old = kl_divergence(new_original, old_original).sum(-1).mean()
             kl = kl_old_new if self.kl_direction == "old_new" else kl_new_old
 
-            if self.schedule == "adaptive":  # always by KL(old‖new), and not before the first step
-                if kl_old_new > 2.0 * self.desired_kl:
+            if self.schedule == "adaptive":
+                kl_of_rate = kl if self.rate_by_penalty else kl_old_new
+                if kl_of_rate > 2.0 * self.desired_kl:
                     self.learning_rate = max(1e-5, self.learning_rate / 1.5)
-                elif kl_old_new < 0.5 * self.desired_kl and kls:
+                elif kl_of_rate < 0.5 * self.desired_kl and kls:  # not before the first step
                     self.learning_rate = min(1e-2, self.learning_rate * 1.5)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate
@@ -92,13 +95,35 @@ def test_the_update_is_the_one_written_by_hand(
     fused = train(FUSED, 5, **{**config, "args": {**args, "keep_random_stream": True}})
     assert fused.rates == by_hand.rates
     assert (len(set(fused.rates)) > 1) == (schedule == "adaptive")
-    assert fused.distance(by_hand) < 1e-11
+    assert fused.distance(by_hand) < 1e-12
     for ours, theirs in zip(fused.losses, by_hand.losses, strict=True):
         assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-9)
 
     # and the penalty is not lost in the tolerance
     without = train(FUSED, 5, **{**config, "args": {**args, "keep_random_stream": True, "kl_coef": 0.0}})
     assert fused.distance(without) > 1e-3
+
+
+def test_the_learning_rate_goes_by_the_kl_from_the_old_policy(float64: None, train: Callable) -> None:
+    """Also where the penalty has the other direction. A small std, so that the two are not alike."""
+
+    class RateByPenalty(PenalizedPPO):
+        rate_by_penalty = True
+
+    args = {
+        **EXACT_IN_FLOAT32,
+        "num_learning_epochs": 5,
+        "learning_rate": 1e-2,
+        "desired_kl": 0.2,
+        "kl_coef": 0.1,
+        "kl_direction": "new_old",
+    }
+    config = {"actor": {"distribution_cfg": {"init_std": 0.1}}}
+    by_hand, by_penalty = (train(alg, 8, **config, args=args) for alg in (PenalizedPPO, RateByPenalty))
+    fused = train(FUSED, 8, **config, args={**args, "keep_random_stream": True})
+    assert by_penalty.rates != by_hand.rates
+    assert fused.rates == by_hand.rates
+    assert fused.distance(by_hand) < 1e-12
 
 
 def test_the_two_directions_differ(float64: None, train: Callable) -> None:
