@@ -15,8 +15,7 @@ HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 HALF_LOG_2PI_E = 0.5 * math.log(2.0 * math.pi * math.e)
 
 MAX_LOG_RATIO = 20.0
-"""|ℓ| is clamped to this inside exp only: float32 overflows at 88.7, and stock autograd yields NaN or inf from there
-on."""
+"""|ℓ| is clamped to this inside exp only: float32 overflows at 88.7, and stock autograd yields NaN or inf there."""
 
 METRICS = ("loss", "surrogate", "value_loss", "entropy", "kl", "approx_kl", "clip_fraction", "max_ratio", "nonfinite")
 """The order of the metrics that every backend returns, the loss first."""

@@ -1,5 +1,4 @@
-"""Rules that set the learning rate from the KL of the policy update: device tensors in, device tensors out, no host
-sync."""
+"""Rules that set the learning rate from the KL of the update: device tensors in, device tensors out, no host sync."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ class RslRlSchedule:
     factor = 1.5
 
     def __init__(self, desired_kl: float, min_rate: float = 1e-5, max_rate: float = 1e-2) -> None:
-        if not desired_kl > 0.0:
-            raise ValueError(f"desired_kl must be positive, got {desired_kl}")
+        if not desired_kl >= 0.0:
+            raise ValueError(f"desired_kl must not be negative, got {desired_kl}")
         self.desired_kl = desired_kl
         self.min_rate = min_rate
         self.max_rate = max_rate

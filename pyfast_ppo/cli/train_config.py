@@ -7,7 +7,7 @@ from dataclasses import dataclass
 ALGORITHMS = {"fused": "pyfast_ppo.rsl_rl:FusedPPO", "stock": "PPO"}
 """Name on the command line to rsl_rl's ``class_name``."""
 
-STEPS_PER_ENV = 64
+STEPS_PER_ENV = 128
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Settings:
 
     env: str = "InvertedPendulum-v5"
     algorithm: str = "fused"
-    iterations: int = 100
+    iterations: int = 60
     num_envs: int = 32
     seed: int = 1
     device: str = "cpu"
@@ -34,7 +34,7 @@ class Settings:
 
 def default_iterations(env: str) -> int:
     """The default task learns within seconds; the others get a million steps at the default number of environments."""
-    return Settings.iterations if env == Settings.env else 500
+    return Settings.iterations if env == Settings.env else 250
 
 
 def train_config(settings: Settings, obs_groups: list[str]) -> dict:
@@ -53,7 +53,7 @@ def train_config(settings: Settings, obs_groups: list[str]) -> dict:
     return {
         "seed": settings.seed,
         "num_steps_per_env": STEPS_PER_ENV,
-        "save_interval": 50,
+        "save_interval": 25,
         "obs_groups": {"actor": obs_groups, "critic": obs_groups},
         "actor": {**network, "distribution_cfg": {"class_name": "GaussianDistribution", "init_std": 1.0}},
         "critic": network,

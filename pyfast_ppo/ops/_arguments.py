@@ -1,5 +1,4 @@
-"""What the operations ask of their arguments, and how shapes that users have become the flat ones that backends
-take."""
+"""What the operations ask of their arguments, and how users' shapes become the flat ones that backends take."""
 
 from __future__ import annotations
 

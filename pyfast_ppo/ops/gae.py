@@ -34,17 +34,17 @@ def gae(
         last_values: V of the observation after the last step. [E] or [E, 1].
         gamma: Discount factor γ.
         lam: λ.
-        time_outs: Whether the episode was ended by its time limit, not by the task. Only looked at where ``dones``. [T,
-            E].
+        time_outs: Whether the episode was ended by its time limit, not by the task. [T, E]. Only looked at where
+            ``dones`` is true.
         final_values: On time-outs, the value of the observation before the reset; elsewhere anything. [T, E]. Without
             it a time-out bootstraps from V(s_t), as rsl_rl does.
-        normalize: Also bring the advantages to mean 0 and unbiased standard deviation 1, as rsl_rl: (A - mean) / (std +
-            1e-8).
+        normalize: Also bring the advantages to mean 0 and unbiased standard deviation 1, as rsl_rl does:
+            (A - mean) / (std + 1e-8).
         backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
 
     Returns:
-        (advantages, returns), shaped as ``rewards``; returns = advantages (before normalisation) + values. No
-        gradients.
+        (advantages, returns), shaped as ``rewards``; returns = advantages (before normalisation) + values. They
+        carry no gradients.
 
     Raises:
         ValueError: A shape, device or backend that does not fit; T = 0; E = 0.

@@ -39,12 +39,11 @@ class FusedPPO(PPO):
     - ``update()`` draws no actions that nobody uses, and gathers each mini-batch once per update, not once per epoch.
     - Its losses stay on the device and are read once, at the end.
     - ``loss_dict`` also has ``kl`` (mean exact KL, in ``kl_direction``), ``first_kl`` (at the first mini-batch, before
-    any step:
-      more than rounding means that acting and updating see different policies), ``clip_fraction`` and ``approx_kl``
-      (k3).
-    - The adaptive learning rate leaves out the mini-batch before the first step, which rsl_rl does only where rounding
-    makes
-      that KL exactly 0 (see ``adapt_before_first_step``).
+      any step: more than rounding means that acting and updating see different policies), ``clip_fraction`` and
+      ``approx_kl`` (k3).
+    - The adaptive learning rate leaves out the mini-batch before the first step. rsl_rl does so only where rounding
+      makes that KL exactly 0: not in bfloat16, and not in rsl_rl 5.4 with normalized observations, where the normalizer
+      moves while the rollout is collected (see ``adapt_before_first_step``).
 
     A policy that is not a diagonal Gaussian (Beta, or formulas of its own) runs on PPO's own ``update()``; the log says
     so once.
@@ -154,7 +153,11 @@ class FusedPPO(PPO):
             for batch in batches:
                 batch.advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
         for _ in range(self.num_learning_epochs):
-            yield from map(copy.copy, batches)  # symmetry puts other tensors into the batch that it is given
+            for batch in batches:
+                batch = copy.copy(batch)  # symmetry puts other tensors into the batch that it is given
+                if self.symmetry:  # and the user's function may write into the tensors
+                    batch.observations, batch.actions = batch.observations.clone(), batch.actions.clone()
+                yield batch
 
     def _step(self, batch: RolloutStorage.Batch, step_taken: bool) -> Tensor:
         """One step of the optimizer; returns the row of metrics."""

@@ -50,7 +50,6 @@ class SampleSkipper:
 
     def __init__(self, distribution: Distribution) -> None:
         self._distribution = distribution
-        # one function for good: torch.compile would compile anew for each new one
         self._instead: Callable[[], Tensor] = lambda: distribution.mean
 
     @contextmanager

@@ -100,7 +100,7 @@ def test_summary(capsys, reward, threshold, text):
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines()[1:-1] if line[0] != " ")
     rows = {name: value.strip() for name, value in rows.items()}
     assert rows["solved"] == text
-    assert rows["iterations"] == "2 of 100" and rows["environment steps"] == "200"
+    assert rows["iterations"] == f"2 of {Settings.iterations}" and rows["environment steps"] == "200"
     assert rows["best mean reward"] == f"{max(7.0, reward or 0):.1f}"
     assert rows["checkpoint"] == "model_1.pt"
 

@@ -51,7 +51,10 @@ def grads(inputs: Inputs, backend: str) -> dict[str, Tensor]:
 def test_only_the_loss_has_a_gradient(inputs: Inputs, backend: str) -> None:
     out = ppo_loss(**with_leaves(inputs), backend=backend)
     assert [name for name, t in zip(out._fields, out, strict=True) if t.requires_grad] == ["loss"]
-    assert not any(t.requires_grad for t in ppo_loss_and_grad(**with_leaves(inputs), backend=backend)[0])
+    expanded = {**with_leaves(inputs), "std": inputs["std"].clone().requires_grad_().expand(50, 4)}
+    for leaves in (with_leaves(inputs), expanded):
+        out, grads = ppo_loss_and_grad(**leaves, backend=backend)
+        assert not any(t.requires_grad for t in (*out, *grads))
 
 
 def test_scaled_loss(inputs: Inputs, grads: dict[str, Tensor], backend: str) -> None:
@@ -318,10 +321,11 @@ def test_compiled_for_any_number_of_rows(backend: str, device: str) -> None:
 @pytest.mark.parametrize("expanded", [False, True])
 def test_compiled_ppo_loss_and_grad(inputs: Inputs, backend: str, expanded: bool) -> None:
     torch.compiler.reset()
-    if expanded:
-        inputs["std"] = inputs["std"].expand(50, 4)
+    inputs = with_leaves(inputs)
 
     def call(inputs: Inputs) -> tuple:
+        if expanded:
+            inputs = {**inputs, "std": (inputs["std"] * 1.0).expand(50, 4)}
         out, grads = ppo_loss_and_grad(**inputs, backend=backend)
         return *out, *grads
 
@@ -329,6 +333,7 @@ def test_compiled_ppo_loss_and_grad(inputs: Inputs, backend: str, expanded: bool
     compiled = torch.compile(call, fullgraph=backend != "eager", backend="aot_eager")
     for got, want in zip(compiled(inputs), call(inputs), strict=True):
         assert got.shape == want.shape
+        assert not got.requires_grad
         torch.testing.assert_close(got, want)
 
 
