@@ -110,7 +110,12 @@ def test_the_host_reads_nothing() -> None:
     assert "_local_scalar_dense" not in operators
 
 
-@pytest.mark.parametrize("desired_kl", [0.0, -0.01, math.nan])
-def test_a_desired_kl_that_is_not_positive_is_refused(desired_kl: float) -> None:
-    with pytest.raises(ValueError, match="desired_kl must be positive"):
+@pytest.mark.parametrize("desired_kl", [-0.01, math.nan])
+def test_a_negative_desired_kl_is_refused(desired_kl: float) -> None:
+    with pytest.raises(ValueError, match="desired_kl must not be negative"):
         RslRlSchedule(desired_kl)
+
+
+def test_a_desired_kl_of_zero_lowers_the_rate_as_rsl_rl_does() -> None:
+    lr = RslRlSchedule(0.0).update(torch.tensor(1e-6), torch.tensor(1e-3, dtype=torch.float64))
+    assert lr.item() == rsl_rl_rule(torch.tensor(1e-6), 1e-3, 0.0)
