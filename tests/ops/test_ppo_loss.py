@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -483,35 +484,27 @@ def stock_rows(ratio: Tensor, advantages: Tensor, values: Tensor, old_values: Te
     return surrogate.detach(), log_ratio.grad, value_loss.detach(), values.grad
 
 
-def one_row_inputs(log_ratio: float, device: str, **scalars: float) -> Inputs:
-    """One row and one action with z = 1 and this log-ratio: then grad_mean = d loss / d log π."""
-    row = torch.zeros(1, 1, device=device)
-    half_log_2pi = 0.5 * torch.log(torch.tensor(2.0 * torch.pi, dtype=torch.float64))
-    old_log_prob = (-0.5 - half_log_2pi - log_ratio).to(torch.float64)
-    inputs = {
-        "mean": row,
-        "std": torch.ones(1, 1, device=device),
-        "actions": row + 1.0,
-        "old_mean": row,
-        "old_std": torch.ones(1, 1, device=device),
-        "old_log_prob": old_log_prob.reshape(1).to(device),
-    }
-    return inputs | {name: torch.tensor([value], device=device) for name, value in scalars.items()}
+def one_row_inputs(log_ratio: float, dtype: torch.dtype, device: str, **scalars: float) -> Inputs:
+    """One row and one action with z = 1 and this log-ratio, nearly: then grad_mean = d loss / d log π."""
+    matrices = {"mean": 0.0, "std": 1.0, "actions": 1.0, "old_mean": 0.0, "old_std": 1.0}
+    scalars["old_log_prob"] = -0.5 - 0.5 * math.log(2.0 * math.pi) - log_ratio
+    shapes = dict.fromkeys(MATRICES, (1, 1)) | dict.fromkeys(VECTORS, (1,))
+    numbers = {**matrices, **dict.fromkeys(VECTORS, 0.0), **scalars}
+    return {name: torch.full(shapes[name], numbers[name], dtype=dtype, device=device) for name in NAMES}
 
 
 @pytest.mark.parametrize("step", [-0.75, -0.25, -0.125, 0.0, 0.125, 0.25, 0.75])
 @pytest.mark.parametrize("error", [-1.0, -0.5, -0.25, -0.125, 0.0, 0.125, 0.25, 0.5, 1.0])
-def test_value_loss_ties(backend: str, device: str, step: float, error: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_value_loss_ties(backend: str, device: str, step: float, error: float, dtype: torch.dtype) -> None:
     """Numbers that are exact in binary: a step right at the clip range, and errors that clipping leaves as large.
 
     v_old = 0, v = .75, R = .5, clip .25 has (v - R)² = (v_c - R)²: torch's max gives each side half of the gradient
     there, and its clamp passes it at the bounds.
     """
-    clip, old_value = 0.25, 0.0
-    value, target = old_value + step, old_value + step - error
-    inputs = one_row_inputs(0.0, device, advantages=0.0, values=value, old_values=old_value, returns=target)
-    options = {"clip_param": clip, "entropy_coef": 0.0, "backend": backend}
-    out, (_, _, grad) = ppo_loss_and_grad(**inputs, **options)
+    clip = 0.25
+    inputs = one_row_inputs(0.0, dtype, device, values=step, returns=step - error)
+    out, (_, _, grad) = ppo_loss_and_grad(**inputs, clip_param=clip, backend=backend)
     t = {name: inputs[name].cpu() for name in ("advantages", "values", "old_values", "returns")}
     _, _, value_loss, d_value = stock_rows(torch.ones(1), clip=clip, **t)
     assert float(out.value_loss) == float(value_loss)
@@ -521,30 +514,28 @@ def test_value_loss_ties(backend: str, device: str, step: float, error: float) -
 @pytest.mark.parametrize("advantage", [-2.0, 0.0, 2.0])
 @pytest.mark.parametrize("bound", ["lower", "upper"])
 @pytest.mark.parametrize("steps", [-1, 0, 1])
-def test_surrogate_ties(backend: str, device: str, advantage: float, bound: str, steps: int) -> None:
-    """A ratio exactly at a bound of the clip range, and one float to either side of it: inside or at the bound the
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_surrogate_ties(
+    backend: str, device: str, advantage: float, bound: str, steps: int, dtype: torch.dtype
+) -> None:
+    """A ratio exactly at a bound of the clip range, and one number to either side of it: inside or at the bound the
     gradient flows, outside it depends on the advantage's sign; with an advantage of 0 there is none.
 
     The clip range is set from the ratio that the backend computes, so that they are equal to the bit.
     """
-    inputs = one_row_inputs(
-        0.4 if bound == "upper" else -0.4, device, advantages=advantage, values=0.0, old_values=0.0, returns=0.0
-    )
-    ratio = ppo_loss(**inputs, backend=backend).max_ratio.float().cpu().reshape(1)
-    end = torch.tensor([float("inf") if steps > 0 else float("-inf")])
-    edge = torch.nextafter(ratio, end) if steps else ratio
+    inputs = one_row_inputs(0.4 if bound == "upper" else -0.4, dtype, device, advantages=advantage)
+    ratio = ppo_loss(**inputs, backend=backend).max_ratio.cpu().reshape(1)
+    assert ratio.dtype == dtype
+    towards = torch.full_like(ratio, float("inf") if steps > 0 else float("-inf"))
+    edge = torch.nextafter(ratio, towards) if steps else ratio
     clip = float((edge.double() - 1.0).abs())
-    low, high = torch.tensor([1.0 - clip, 1.0 + clip], dtype=torch.float64).float().tolist()
-    assert float(edge) in (low, high)
-    del inputs["old_log_prob"]
-    old = one_row_inputs(0.4 if bound == "upper" else -0.4, device)["old_log_prob"]
-    out, (grad, _, _) = ppo_loss_and_grad(
-        **inputs, old_log_prob=old, clip_param=clip, entropy_coef=0.0, backend=backend
-    )
-    zero = torch.zeros(1)
-    surrogate, d_log_prob, _, _ = stock_rows(ratio, torch.tensor([advantage]), zero, zero, zero, clip)
-    assert float(out.surrogate) == pytest.approx(float(surrogate), rel=1e-6, abs=0.0)
-    assert float(grad) == pytest.approx(float(d_log_prob), rel=1e-6, abs=0.0)
+    assert float(edge) in torch.tensor([1.0 - clip, 1.0 + clip], dtype=torch.float64).to(dtype).tolist()
+    out, (grad, _, _) = ppo_loss_and_grad(**inputs, clip_param=clip, entropy_coef=0.0, backend=backend)
+    zero = torch.zeros_like(ratio)
+    surrogate, d_log_prob, _, _ = stock_rows(ratio, zero + advantage, zero, zero, zero, clip)
+    rounding = 4.0 * torch.finfo(dtype).eps
+    assert float(out.surrogate) == pytest.approx(float(surrogate), rel=rounding, abs=0.0)
+    assert float(grad) == pytest.approx(float(d_log_prob), rel=rounding, abs=0.0)
     outside = (steps < 0) if bound == "upper" else (steps > 0)
     assert float(out.clip_fraction) == float(outside)
 
