@@ -28,16 +28,23 @@ def load() -> tuple[ModuleType | None, str | None]:
 
 def _load_installed() -> tuple[ModuleType | None, str | None]:
     build = "run `pip install .` in the checkout to build it"
-    try:
-        distribution = importlib.metadata.distribution("pyfast-ppo")
-    except importlib.metadata.PackageNotFoundError:
+    distributions = list(importlib.metadata.distributions(name="pyfast-ppo"))
+    if not distributions:
         return None, f"the compiled extension is not there, because pyfast-ppo is not installed; {build}"
-    files = [f for f in distribution.files or () if f.match("pyfast_ppo/_C.*") and f.suffix in (".so", ".pyd")]
-    if not files:
+    # a build leaves an egg-info in the checkout, which comes first and has no extension
+    found = [
+        (d, f)
+        for d in distributions
+        for f in d.files or ()
+        if f.match("pyfast_ppo/_C.*") and f.suffix in (".so", ".pyd")
+    ]
+    found = [(d, f) for d, f in found if f.locate().exists()]
+    if not found:
         return None, f"the compiled extension is not there; {build}"
+    distribution, file = found[0]
     if distribution.version != __version__:
         return None, f"the installed extension is of version {distribution.version}, this is {__version__}; {build}"
-    spec = importlib.util.spec_from_file_location("pyfast_ppo._C", distribution.locate_file(files[0]))
+    spec = importlib.util.spec_from_file_location("pyfast_ppo._C", file.locate())
     module = importlib.util.module_from_spec(spec)
     sys.modules["pyfast_ppo._C"] = module
     spec.loader.exec_module(module)
