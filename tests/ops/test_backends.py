@@ -104,27 +104,30 @@ def test_operations_with_an_unavailable_backend(name: str) -> None:
 CHILD = """
 import json, sys, types
 from importlib import metadata
+from pathlib import Path
 
 wish = sys.argv[1]
-files = []
-if wish != "not installed":
-    class File:  # as importlib.metadata.PackagePath
-        suffix = ".so"
-        def match(self, pattern):
-            return pattern == "pyfast_ppo/_C.*"
-    files = [File()] if wish.startswith("elsewhere") else []
-distribution = metadata.distribution
+distributions = metadata.distributions
 
-def fake(name):
-    if name != "pyfast-ppo":
-        return distribution(name)
+class File:  # as importlib.metadata.PackagePath
+    suffix = ".so"
+    def match(self, pattern):
+        return pattern == "pyfast_ppo/_C.*"
+    def locate(self):
+        return Path(sys.argv[2])
+
+def fake(**query):
+    if query.get("name") != "pyfast-ppo":
+        return distributions(**query)
     if wish == "not installed":
-        raise metadata.PackageNotFoundError(name)
+        return []
     import pyfast_ppo._version
     version = "0.0.0" if wish == "elsewhere, of another version" else pyfast_ppo._version.__version__
-    return types.SimpleNamespace(files=files, version=version, locate_file=lambda _: sys.argv[2])
+    egg_info = types.SimpleNamespace(files=None, version=version)  # left by a build in the checkout
+    installed = types.SimpleNamespace(files=[File()] if wish.startswith("elsewhere") else [], version=version)
+    return [egg_info, installed]
 
-metadata.distribution = fake
+metadata.distributions = fake
 import torch
 import pyfast_ppo
 from pyfast_ppo import backends
