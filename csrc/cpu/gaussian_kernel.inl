@@ -46,7 +46,7 @@ void gaussian_log_prob_tile(const GaussianCall& call, int64_t index, T* memory) 
   const T *actions = tile.read(call.in[0], 0), *mean = tile.read(call.in[1], 1), *std = tile.read(call.in[2], 2);
   T* terms = tile.array(3);
   for (int64_t i = 0; i < tile.n; ++i) {
-    const T z = standardized(actions[i], mean[i], T(1) / std[i]);
+    const T z = standardized(actions[i], mean[i], reciprocal_or_nan(std[i]));
     terms[i] = T(0.5) * z * z + log_or_nan(std[i]);
   }
   tile.write_row_sums(terms, T(-1), static_cast<T>(-kHalfLog2Pi * static_cast<double>(call.shape.num_actions)), 4);
@@ -59,7 +59,7 @@ void gaussian_log_prob_backward_tile(const GaussianCall& call, int64_t index, T*
   const T* grad = tile.read_grad(3, 4);
   T *grad_mean = tile.array(4), *grad_std = tile.array(5);
   for (int64_t i = 0; i < tile.n; ++i) {
-    const T inv_std = T(1) / std[i];
+    const T inv_std = reciprocal_or_nan(std[i]);
     const T z = standardized(actions[i], mean[i], inv_std);
     grad_mean[i] = grad[i] * z * inv_std;
     grad_std[i] = grad[i] * (z * z - T(1)) * inv_std;
@@ -93,7 +93,7 @@ void gaussian_kl_tile(const GaussianCall& call, int64_t index, T* memory) {
   const T *mean_q = tile.read(call.in[2], 2), *std_q = tile.read(call.in[3], 3);
   T* terms = tile.array(4);
   for (int64_t i = 0; i < tile.n; ++i) {
-    const T inv_q = T(1) / std_q[i];
+    const T inv_q = reciprocal_or_nan(std_q[i]);
     terms[i] = kl_terms(mean_p[i], mean_q[i], inv_q, ratio_terms(std_p[i], std_q[i], inv_q)).value;
   }
   tile.write_row_sums(terms, T(1), T(0), 5);
@@ -107,7 +107,7 @@ void gaussian_kl_backward_tile(const GaussianCall& call, int64_t index, T* memor
   const T* grad = tile.read_grad(4, 5);
   T *grad_mean_p = tile.array(5), *grad_std_p = tile.array(6), *grad_std_q = tile.array(7);
   for (int64_t i = 0; i < tile.n; ++i) {
-    const T inv_q = T(1) / std_q[i];
+    const T inv_q = reciprocal_or_nan(std_q[i]);
     const KlTerms<T> kl = kl_terms(mean_p[i], mean_q[i], inv_q, ratio_terms(std_p[i], std_q[i], inv_q));
     grad_mean_p[i] = grad[i] * kl.d_mean_p;
     grad_std_p[i] = grad[i] * kl.d_log_std_p / std_p[i];

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
-#include <vector>
+#include <memory>
 
 namespace pyfast_ppo {
 
@@ -28,14 +28,14 @@ const char* threading_name();
 template <class T, class Task>
 void for_each_task(int64_t tasks, int num_threads, int64_t scratch_size, const Task& task) {
   const int threads = tasks < num_threads ? static_cast<int>(tasks) : num_threads;
-  std::vector<T> scratch(static_cast<size_t>(threads * scratch_size));
+  const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(threads * scratch_size)]);  // no zeros: tasks write first
   std::atomic<int64_t> next_task{0};
   std::atomic<int64_t> next_slot{0};
   run_on_threads(threads, [&] {
     const int64_t slot = next_slot.fetch_add(1, std::memory_order_relaxed);
     if (slot >= threads) return;
     for (int64_t i; (i = next_task.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      task(i, scratch.data() + slot * scratch_size);
+      task(i, scratch.get() + slot * scratch_size);
     }
   });
 }

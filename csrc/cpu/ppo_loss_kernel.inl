@@ -14,25 +14,22 @@ struct PpoLossKernel {
   struct Scratch {
     // flat arrays of tile_rows * A elements; the first five only hold inputs that are not contiguous T already
     T *mean, *std, *actions, *old_mean, *old_std;
-    T *z, *term, *inv_std, *log_std, *kl_value, *kl_d_mean, *kl_d_log_std, *coefficient, *grad_mean, *grad_std,
-        *column_sums;
+    T *z, *term, *inv_std, *log_std, *kl_d_mean, *kl_d_log_std, *coefficient, *grad_mean, *grad_std, *column_sums;
     // arrays of tile_rows elements
     T *values, *old_log_prob, *advantages, *returns, *old_values;
-    T *row_sum, *log_ratio, *ratio, *surrogate, *row_coefficient, *approx_kl, *outside, *value_loss, *grad_values,
-        *finite;
+    T *row_sum, *log_ratio, *row_coefficient, *grad_values;
 
-    static constexpr int64_t kFlat = 16, kPerRow = 15;
+    static constexpr int64_t kFlat = 15, kPerRow = 9;
 
     Scratch(const Call& call, T* memory) {
-      T** flat[] = {&mean,    &std,      &actions,   &old_mean,     &old_std,     &z,         &term,     &inv_std,
-                    &log_std, &kl_value, &kl_d_mean, &kl_d_log_std, &coefficient, &grad_mean, &grad_std, &column_sums};
+      T** flat[] = {&mean,    &std,       &actions,      &old_mean,    &old_std,   &z,        &term,       &inv_std,
+                    &log_std, &kl_d_mean, &kl_d_log_std, &coefficient, &grad_mean, &grad_std, &column_sums};
       for (T** array : flat) {
         *array = memory;
         memory += call.tile_elements + kLanes;
       }
-      T** per_row[] = {&values,    &old_log_prob, &advantages, &returns,     &old_values,
-                       &row_sum,   &log_ratio,    &ratio,      &surrogate,   &row_coefficient,
-                       &approx_kl, &outside,      &value_loss, &grad_values, &finite};
+      T** per_row[] = {&values,  &old_log_prob, &advantages,      &returns,    &old_values,
+                       &row_sum, &log_ratio,    &row_coefficient, &grad_values};
       for (T** array : per_row) {
         *array = memory;
         memory += call.tile_rows;
@@ -48,22 +45,22 @@ struct PpoLossKernel {
     const int64_t A = args.num_actions;
     if (call.std_per_row) return;
     read_into(args.std, A, call.std_row);
-    for (int64_t i = 0; i < call.tile_elements; ++i) {
-      call.std_tile[i] = call.std_row[i % A];
-      call.inv_std[i] = T(1) / call.std_tile[i];
-    }
+    for (int64_t j = 0; j < A; ++j) call.inv_std[j] = reciprocal_or_nan(call.std_row[j]);
     call.sum_log_std = 0.0;
     for (int64_t j = 0; j < A; ++j) call.sum_log_std += log_or_nan(static_cast<double>(call.std_row[j]));
+    repeat_row(call.std_row, A, call.tile_rows, call.std_tile);
+    repeat_row(call.inv_std, A, call.tile_rows, call.inv_std);
     if (call.old_std_per_row) return;
     read_into(args.old_std, A, call.old_std_row);
-    for (int64_t i = 0; i < call.tile_elements; ++i) {
-      const T new_std = call.std_tile[i], old_std = call.old_std_row[i % A];
-      call.inv_old_std[i] = T(1) / old_std;
-      const RatioTerms<T> terms = args.kl_new_old ? ratio_terms(new_std, old_std, call.inv_old_std[i])
-                                                  : ratio_terms(old_std, new_std, call.inv_std[i]);
-      call.ratio_expm1[i] = terms.expm1;
-      call.ratio_phi[i] = terms.phi;
+    for (int64_t j = 0; j < A; ++j) {
+      const T new_std = call.std_row[j], old_std = call.old_std_row[j];
+      call.inv_old_std[j] = reciprocal_or_nan(old_std);
+      const RatioTerms<T> terms = args.kl_new_old ? ratio_terms(new_std, old_std, call.inv_old_std[j])
+                                                  : ratio_terms(old_std, new_std, call.inv_std[j]);
+      call.ratio_expm1[j] = terms.expm1;
+      call.ratio_phi[j] = terms.phi;
     }
+    for (T* table : {call.inv_old_std, call.ratio_expm1, call.ratio_phi}) repeat_row(table, A, call.tile_rows, table);
   }
 
   static void read_into(const View& view, int64_t cols, T* out) {
@@ -86,43 +83,51 @@ struct PpoLossKernel {
   static void standardize(int64_t n, const T* __restrict actions, const T* __restrict mean, const T* __restrict std,
                           T* __restrict z, T* __restrict term, T* __restrict inv_std, T* __restrict log_std) {
     for (int64_t i = 0; i < n; ++i) {
-      inv_std[i] = T(1) / std[i];
+      inv_std[i] = reciprocal_or_nan(std[i]);
       log_std[i] = log_or_nan(std[i]);
       z[i] = standardized(actions[i], mean[i], inv_std[i]);
       term[i] = T(0.5) * z[i] * z[i] + log_std[i];
     }
   }
 
-  // The KL and weight times its derivatives. The ratio of the stds comes from a table, or from the stds of each row.
-  template <bool kNewOld>
+  // The KL, and weight times its derivatives if they are asked for. The ratio of the stds comes from a table, or from
+  // the stds of each row.
+  template <bool kNewOld, bool kDerivatives>
   static void kl_from_table(int64_t n, const T* __restrict mean, const T* __restrict old_mean,
                             const T* __restrict inv_std_q, const T* __restrict ratio_expm1,
-                            const T* __restrict ratio_phi, T weight, T* __restrict value, T* __restrict d_mean,
+                            const T* __restrict ratio_phi, T weight, LaneSum<T>& sum, T* __restrict d_mean,
                             T* __restrict d_log_std) {
-    for (int64_t i = 0; i < n; ++i) {
-      const RatioTerms<T> ratio = {ratio_expm1[i], ratio_phi[i]};
-      const KlTerms<T> kl = kNewOld ? kl_terms(mean[i], old_mean[i], inv_std_q[i], ratio)
-                                    : kl_terms(old_mean[i], mean[i], inv_std_q[i], ratio);
-      value[i] = kl.value;
-      d_mean[i] = weight * (kNewOld ? kl.d_mean_p : -kl.d_mean_p);
-      d_log_std[i] = weight * (kNewOld ? kl.d_log_std_p : kl.d_log_std_q);
-    }
+    LaneSum<T> values;
+    for_each_lane(n, [&](int64_t i, int k) {
+      const KlTerms<T> kl = kNewOld ? kl_terms(mean[i], old_mean[i], inv_std_q[i], {ratio_expm1[i], ratio_phi[i]})
+                                    : kl_terms(old_mean[i], mean[i], inv_std_q[i], {ratio_expm1[i], ratio_phi[i]});
+      values.lanes[k] += kl.value;
+      if constexpr (kDerivatives) write_kl_derivatives<kNewOld>(kl, weight, d_mean[i], d_log_std[i]);
+    });
+    sum = values;
+  }
+
+  template <bool kNewOld, bool kDerivatives>
+  static void kl_from_stds(int64_t n, const T* __restrict mean, const T* __restrict std, const T* __restrict inv_std,
+                           const T* __restrict old_mean, const T* __restrict old_std, T weight, LaneSum<T>& sum,
+                           T* __restrict d_mean, T* __restrict d_log_std) {
+    LaneSum<T> values;
+    for_each_lane(n, [&](int64_t i, int k) {
+      const T inv_std_q = kNewOld ? reciprocal_or_nan(old_std[i]) : inv_std[i];
+      const RatioTerms<T> ratio =
+          kNewOld ? ratio_terms(std[i], old_std[i], inv_std_q) : ratio_terms(old_std[i], std[i], inv_std_q);
+      const KlTerms<T> kl =
+          kNewOld ? kl_terms(mean[i], old_mean[i], inv_std_q, ratio) : kl_terms(old_mean[i], mean[i], inv_std_q, ratio);
+      values.lanes[k] += kl.value;
+      if constexpr (kDerivatives) write_kl_derivatives<kNewOld>(kl, weight, d_mean[i], d_log_std[i]);
+    });
+    sum = values;
   }
 
   template <bool kNewOld>
-  static void kl_from_stds(int64_t n, const T* __restrict mean, const T* __restrict std, const T* __restrict old_mean,
-                           const T* __restrict old_std, T weight, T* __restrict value, T* __restrict d_mean,
-                           T* __restrict d_log_std) {
-    for (int64_t i = 0; i < n; ++i) {
-      const T std_p = kNewOld ? std[i] : old_std[i], std_q = kNewOld ? old_std[i] : std[i];
-      const T inv_std_q = T(1) / std_q;
-      const RatioTerms<T> ratio = ratio_terms(std_p, std_q, inv_std_q);
-      const KlTerms<T> kl =
-          kNewOld ? kl_terms(mean[i], old_mean[i], inv_std_q, ratio) : kl_terms(old_mean[i], mean[i], inv_std_q, ratio);
-      value[i] = kl.value;
-      d_mean[i] = weight * (kNewOld ? kl.d_mean_p : -kl.d_mean_p);
-      d_log_std[i] = weight * (kNewOld ? kl.d_log_std_p : kl.d_log_std_q);
-    }
+  static PYFAST_PPO_INLINE void write_kl_derivatives(const KlTerms<T>& kl, T weight, T& d_mean, T& d_log_std) {
+    d_mean = weight * (kNewOld ? kl.d_mean_p : -kl.d_mean_p);
+    d_log_std = weight * (kNewOld ? kl.d_log_std_p : kl.d_log_std_q);
   }
 
   // In double: for many actions the two terms are large and their difference is small.
@@ -133,38 +138,36 @@ struct PpoLossKernel {
     }
   }
 
-  static void surrogate(int64_t rows, const T* __restrict log_ratio, const T* __restrict advantages, T lo, T hi,
-                        T weight, T* __restrict ratio, T* __restrict loss, T* __restrict coefficient,
-                        T* __restrict approx_kl, T* __restrict outside) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const SurrogateTerms<T> terms = surrogate_terms(log_ratio[r], advantages[r], lo, hi);
-      ratio[r] = terms.ratio;
-      loss[r] = terms.loss;
-      coefficient[r] = weight * terms.d_log_prob;
-      approx_kl[r] = terms.approx_kl;
-      outside[r] = terms.outside;
-    }
-  }
+  struct RowSums {
+    LaneSum<T> surrogate, value_loss, approx_kl, outside, coefficient;
+    LaneMax<T> ratio;
+    LaneSum<T> not_finite;  // of this tile: 0 if all scalars are finite, else NaN; x - x is 0 for every finite x
+  };
 
+  // The surrogate and the value loss of each row, and weight times their derivatives.
   template <bool kClipped>
-  static void value_loss(int64_t rows, const T* __restrict values, const T* __restrict old_values,
-                         const T* __restrict returns, T clip, T weight, T* __restrict loss, T* __restrict grad) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const ValueTerms<T> terms = kClipped ? clipped_value_terms(values[r], old_values[r], returns[r], clip)
+  static void losses(int64_t rows, const T* __restrict log_ratio, const T* __restrict advantages,
+                     const T* __restrict values, const T* __restrict old_values, const T* __restrict returns, T clip,
+                     T lo, T hi, T weight, T value_weight, RowSums& total, T* __restrict coefficient,
+                     T* __restrict grad_values) {
+    RowSums sums = total;
+    sums.not_finite = {};
+    for_each_lane(rows, [&](int64_t r, int k) {
+      const SurrogateTerms<T> surrogate = surrogate_terms(log_ratio[r], advantages[r], lo, hi);
+      const ValueTerms<T> value = kClipped ? clipped_value_terms(values[r], old_values[r], returns[r], clip)
                                            : plain_value_terms(values[r], returns[r]);
-      loss[r] = terms.loss;
-      grad[r] = weight * terms.d_value;
-    }
-  }
-
-  // 0 where all of a row's scalars are finite, else NaN: x - x is 0 for every finite x
-  static void check_finite(int64_t rows, const T* __restrict log_ratio, const T* __restrict advantages,
-                           const T* __restrict values, const T* __restrict old_values, const T* __restrict returns,
-                           T* __restrict finite) {
-    for (int64_t r = 0; r < rows; ++r) {
-      finite[r] = (log_ratio[r] - log_ratio[r]) + (advantages[r] - advantages[r]) + (values[r] - values[r]) +
-                  (old_values[r] - old_values[r]) + (returns[r] - returns[r]);
-    }
+      coefficient[r] = weight * surrogate.d_log_prob;
+      grad_values[r] = value_weight * value.d_value;
+      sums.surrogate.lanes[k] += surrogate.loss;
+      sums.value_loss.lanes[k] += value.loss;
+      sums.approx_kl.lanes[k] += surrogate.approx_kl;
+      sums.outside.lanes[k] += surrogate.outside;
+      sums.coefficient.lanes[k] += coefficient[r];
+      sums.ratio.lanes[k] = surrogate.ratio > sums.ratio.lanes[k] ? surrogate.ratio : sums.ratio.lanes[k];
+      sums.not_finite.lanes[k] += (log_ratio[r] - log_ratio[r]) + (advantages[r] - advantages[r]) +
+                                  (values[r] - values[r]) + (old_values[r] - old_values[r]) + (returns[r] - returns[r]);
+    });
+    total = sums;
   }
 
   // The gradients of the mean, and of the std: per row, or this element's share of the sum over rows of d / d log std.
@@ -211,8 +214,8 @@ struct PpoLossKernel {
     const T clip = static_cast<T>(args.clip_param);
     const double log_normalizer = (kStdPerRow ? 0.0 : call.sum_log_std) + kHalfLog2Pi * static_cast<double>(A);
 
-    LaneSum<T> surrogate_sum, value_sum, log_std_sum, kl_sum, approx_kl_sum, outside_sum, coefficient_sum;
-    LaneMax<T> max_ratio;
+    RowSums sums;
+    LaneSum<T> log_std_sum, kl_sum;
     int64_t nonfinite = 0;
     for (int64_t i = 0; i < call.tile_elements; ++i) s.column_sums[i] = T(0);
 
@@ -235,16 +238,19 @@ struct PpoLossKernel {
       }
       sum_each_row(s.term, rows, A, s.row_sum);
 
+      LaneSum<T> tile_kl;
       if (n_kl > 0) {
         const T* old_mean = read_rows(args.old_mean, row, rows_kl, A, s.old_mean);
         if constexpr (kOldStdPerRow) {
           const T* old_std = read_rows(args.old_std, row, rows_kl, A, s.old_std);
-          kl_from_stds<kNewOld>(n_kl, mean, std, old_mean, old_std, kl_weight, s.kl_value, s.kl_d_mean, s.kl_d_log_std);
+          const auto kl = kl_gradient ? kl_from_stds<kNewOld, true> : kl_from_stds<kNewOld, false>;
+          kl(n_kl, mean, std, inv_std, old_mean, old_std, kl_weight, tile_kl, s.kl_d_mean, s.kl_d_log_std);
         } else {
-          kl_from_table<kNewOld>(n_kl, mean, old_mean, kNewOld ? call.inv_old_std : call.inv_std, call.ratio_expm1,
-                                 call.ratio_phi, kl_weight, s.kl_value, s.kl_d_mean, s.kl_d_log_std);
+          const auto kl = kl_gradient ? kl_from_table<kNewOld, true> : kl_from_table<kNewOld, false>;
+          kl(n_kl, mean, old_mean, kNewOld ? call.inv_old_std : call.inv_std, call.ratio_expm1, call.ratio_phi,
+             kl_weight, tile_kl, s.kl_d_mean, s.kl_d_log_std);
         }
-        kl_sum.add(s.kl_value, n_kl);
+        kl_sum.add(tile_kl);
       }
 
       const T* old_log_prob = read_rows(args.old_log_prob, row, rows, 1, s.old_log_prob);
@@ -253,23 +259,15 @@ struct PpoLossKernel {
       const T* old_values = read_rows(args.old_values, row, rows, 1, s.old_values);
       const T* returns = read_rows(args.returns, row, rows, 1, s.returns);
       subtract_old(rows, s.row_sum, old_log_prob, log_normalizer, s.log_ratio);
-      surrogate(rows, s.log_ratio, advantages, lo, hi, row_weight, s.ratio, s.surrogate, s.row_coefficient, s.approx_kl,
-                s.outside);
       T* grad_values = write_target(args.grad_values, row, s.grad_values);
-      if (args.use_clipped_value_loss) {
-        value_loss<true>(rows, values, old_values, returns, clip, value_weight, s.value_loss, grad_values);
-      } else {
-        value_loss<false>(rows, values, old_values, returns, clip, value_weight, s.value_loss, grad_values);
-      }
+      const auto row_losses = args.use_clipped_value_loss ? losses<true> : losses<false>;
+      row_losses(rows, s.log_ratio, advantages, values, old_values, returns, clip, lo, hi, row_weight, value_weight,
+                 sums, s.row_coefficient, grad_values);
       write_back(args.grad_values, row, rows, grad_values);
-      surrogate_sum.add(s.surrogate, rows);
-      value_sum.add(s.value_loss, rows);
-      approx_kl_sum.add(s.approx_kl, rows);
-      outside_sum.add(s.outside, rows);
-      coefficient_sum.add(s.row_coefficient, rows);
-      max_ratio.add(s.ratio, rows);
-      check_finite(rows, s.log_ratio, advantages, values, old_values, returns, s.finite);
-      nonfinite += count_nonfinite(call, row, rows, rows_kl, s);
+      const double kl_total = tile_kl.total();
+      if (sums.not_finite.total() != 0.0 || kl_total - kl_total != 0.0) {
+        nonfinite += count_nonfinite(args, row, rows, rows_kl, s.log_ratio, advantages, values, old_values, returns);
+      }
 
       repeat_each(s.row_coefficient, rows, A, s.coefficient);
       T* grad_mean = write_target(args.grad_mean, row * A, s.grad_mean);
@@ -294,42 +292,38 @@ struct PpoLossKernel {
 
     double* partial = call.partials + chunk * call.partial_size;
     partial[kLoss] = 0.0;
-    partial[kSurrogate] = surrogate_sum.total();
-    partial[kValueLoss] = value_sum.total();
+    partial[kSurrogate] = sums.surrogate.total();
+    partial[kValueLoss] = sums.value_loss.total();
     partial[kEntropy] = log_std_sum.total();
     partial[kKl] = kl_sum.total();
-    partial[kApproxKl] = approx_kl_sum.total();
-    partial[kClipFraction] = outside_sum.total();
-    partial[kMaxRatio] = max_ratio.total();
+    partial[kApproxKl] = sums.approx_kl.total();
+    partial[kClipFraction] = sums.outside.total();
+    partial[kMaxRatio] = sums.ratio.total();
     partial[kNonfinite] = static_cast<double>(nonfinite);
-    partial[kNumMetrics] = coefficient_sum.total();
+    partial[kNumMetrics] = sums.coefficient.total();
     if (!kStdPerRow) add_columns(s.column_sums, call.tile_rows, A, partial + kNumMetrics + 1);
   }
 
-  // Rows of this tile with an input or a log-ratio that is not finite, or a std that is not positive. Nearly always
-  // none, which two sums tell.
-  static int64_t count_nonfinite(const Call& call, int64_t row, int64_t rows, int64_t rows_kl, Scratch& s) {
-    const PpoLossArgs& args = call.args;
-    const int64_t A = args.num_actions;
-    LaneSum<T> check, kl_check;
-    check.add(s.finite, rows);
-    kl_check.add(s.kl_value, rows_kl * A);
-    if (check.total() == 0.0 && kl_check.total() - kl_check.total() == 0.0) return 0;
-
+  // Rows of this tile with an input or a log-ratio that is not finite, or a std that is not positive.
+  static int64_t count_nonfinite(const PpoLossArgs& args, int64_t row, int64_t rows, int64_t rows_kl,
+                                 const T* log_ratio, const T* advantages, const T* values, const T* old_values,
+                                 const T* returns) {
+    const auto is_finite = [](T x) { return x - x == T(0); };
     int64_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
       // log_ratio is not finite if mean, std, action or old_log_prob is not, or std is not positive
-      bool finite = s.finite[r] == T(0);
+      bool finite = is_finite(log_ratio[r]) && is_finite(advantages[r]) && is_finite(values[r]) &&
+                    is_finite(old_values[r]) && is_finite(returns[r]);
       if (r < rows_kl) {
         T one_mean[1], one_std[1];
-        for (int64_t j = 0; j < A; ++j) {
+        for (int64_t j = 0; j < args.num_actions; ++j) {
           View old_mean = args.old_mean;
           View old_std = args.old_std;
           old_mean.data = element(old_mean, (row + r) * old_mean.row_stride + j * old_mean.col_stride);
           old_std.data = element(old_std, (row + r) * old_std.row_stride + j * old_std.col_stride);
           const T m = *read_rows(old_mean, 0, 1, 1, one_mean);
           const T q = *read_rows(old_std, 0, 1, 1, one_std);
-          finite = finite && m - m == T(0) && q - q == T(0) && q > T(0);
+          finite = finite && is_finite(m) && is_finite(q) && q > T(0);
         }
       }
       count += finite ? 0 : 1;

@@ -74,17 +74,27 @@ void write_back(const Output& output, int64_t begin, int64_t count, const T* fro
   }
 }
 
+// body(i, k) for each i < count, k = i mod kLanes: a loop of whole vectors, in which sums may stand per lane.
+template <class Body>
+PYFAST_PPO_INLINE void for_each_lane(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) body(i + k, k);
+  }
+  for (int k = 0; i + k < count; ++k) body(i + k, k);
+}
+
 // One sum in kLanes partial sums.
 template <class T>
 struct LaneSum {
   T lanes[kLanes] = {};
 
+  void add(const LaneSum& other) {
+    for (int k = 0; k < kLanes; ++k) lanes[k] += other.lanes[k];
+  }
+
   void add(const T* x, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (int k = 0; k < kLanes; ++k) lanes[k] += x[i + k];
-    }
-    for (int k = 0; i + k < count; ++k) lanes[k] += x[i + k];
+    for_each_lane(count, [&](int64_t i, int k) { lanes[k] += x[i]; });
   }
 
   double total() const {
@@ -98,14 +108,6 @@ struct LaneSum {
 template <class T>
 struct LaneMax {
   T lanes[kLanes] = {};
-
-  void add(const T* x, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (int k = 0; k < kLanes; ++k) lanes[k] = x[i + k] > lanes[k] ? x[i + k] : lanes[k];
-    }
-    for (int k = 0; i + k < count; ++k) lanes[k] = x[i + k] > lanes[k] ? x[i + k] : lanes[k];
-  }
 
   double total() const {
     T largest = 0;
@@ -150,6 +152,14 @@ void repeat_each(const T* x, int64_t rows, int64_t cols, T* out) {
     for (int64_t c = 0; c < cols; c += kLanes) {
       for (int k = 0; k < kLanes; ++k) out[r * cols + c + k] = value;
     }
+  }
+}
+
+// out[r, c] = row[c]; row may be the first row of out.
+template <class T>
+void repeat_row(const T* row, int64_t cols, int64_t rows, T* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c) out[r * cols + c] = row[c];
   }
 }
 

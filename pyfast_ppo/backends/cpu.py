@@ -36,7 +36,7 @@ def _view(t: Tensor) -> tuple[int, int, int, int]:
     """(address, dtype code, row stride, column stride) of [N, A], of [N], or of a shared row [A] if ``t`` is one."""
     if t.dim() == 2:
         return (t.data_ptr(), _DTYPE_CODES[t.dtype], *t.stride())
-    return (t.data_ptr(), _DTYPE_CODES[t.dtype], t.stride(0), 1)
+    return (t.data_ptr(), _DTYPE_CODES[t.dtype], *t.stride(), 1)
 
 
 def _row_or_matrix(t: Tensor) -> tuple[int, int, int, int]:
@@ -56,7 +56,7 @@ def _output(t: Tensor) -> tuple[int, int]:
 
 
 def _empty_like(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype)
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _empty_for(t: Tensor, other: Tensor) -> Tensor:

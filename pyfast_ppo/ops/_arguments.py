@@ -52,7 +52,8 @@ def row_or_rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -
         raise ValueError(f"{name} must have the shape [{shape[-1]}] or {list(shape)}, got {list(t.shape)}")
     if is_shared_row(t):
         return SharedRow.apply(t)
-    return t.contiguous().reshape(-1, shape[-1])
+    t = t.contiguous()
+    return t if t.dim() == 2 else t.reshape(-1, shape[-1])
 
 
 def vector(name: str, t: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
@@ -84,7 +85,7 @@ def is_shared_row(t: Tensor) -> bool:
 
     A leaf that requires a gradient is not: each of its elements then has a gradient of its own.
     """
-    if t.dim() < 2 or (t.is_leaf and t.requires_grad):
+    if t.dim() < 2 or 0 not in t.stride() or (t.is_leaf and t.requires_grad):
         return False
     leading = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
     return bool(leading) and all(stride == 0 for stride in leading)

@@ -133,7 +133,7 @@ def ppo_loss(
         return PPOLossOutput(loss, *metrics.detach().unbind()[1:])
     run = backends.select(backend, mean.device)
     if torch.is_grad_enabled() and (call.mean.requires_grad or call.std.requires_grad or call.values.requires_grad):
-        loss, metrics = _PPOLoss.apply(run, *call)
+        loss, metrics = _PPOLoss.apply(*call[:3], run, call)
         return PPOLossOutput(loss, *metrics.unbind()[1:])
     metrics, *_ = run.ppo_loss(*call)
     return PPOLossOutput(*metrics.unbind())
@@ -280,10 +280,11 @@ class _PPOLoss(torch.autograd.Function):
     """The kernel has computed the gradients already: backward only scales them."""
 
     @staticmethod
-    def forward(ctx, run, *call):
-        metrics, *grads = run.ppo_loss(*call)
+    def forward(ctx, mean, std, values, run, call):
+        metrics, *grads = run.ppo_loss(mean, std, values, *call[3:])
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
         return metrics[0].clone(), metrics
 
     @staticmethod
@@ -292,12 +293,12 @@ class _PPOLoss(torch.autograd.Function):
         grads = ctx.saved_tensors
         if not _is_known_to_be_one(grad_loss):
             grads = _scale(grad_loss, grads)
-        return None, *grads, *(None,) * (len(_Call._fields) - 3)
+        return *grads, None, None
 
 
 def _is_known_to_be_one(grad_loss: Tensor) -> bool:
     # only in host memory: on a device the question would have to wait for the answer
-    return grad_loss.device.type == "cpu" and not torch.compiler.is_compiling() and grad_loss.detach().numpy() == 1.0
+    return grad_loss.device.type == "cpu" and not torch.compiler.is_compiling() and grad_loss.item() == 1.0
 
 
 def _scale(grad_loss: Tensor, grads: tuple[Tensor, ...]) -> list[Tensor]:

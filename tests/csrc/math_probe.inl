@@ -16,7 +16,7 @@ void probe_log(int64_t n, const T* const* in, T* const* out) {
 template <class T>
 void probe_ratio(int64_t n, const T* const* in, T* const* out) {  // p, q
   for (int64_t i = 0; i < n; ++i) {
-    const RatioTerms<T> r = ratio_terms(in[0][i], in[1][i], T(1) / in[1][i]);
+    const RatioTerms<T> r = ratio_terms(in[0][i], in[1][i], reciprocal_or_nan(in[1][i]));
     out[0][i] = r.expm1, out[1][i] = r.phi;
   }
 }
@@ -48,7 +48,7 @@ void probe_plain_value(int64_t n, const T* const* in, T* const* out) {  // value
 template <class T>
 void probe_kl(int64_t n, const T* const* in, T* const* out) {  // mean_p, std_p, mean_q, std_q
   for (int64_t i = 0; i < n; ++i) {
-    const T inv_q = T(1) / in[3][i];
+    const T inv_q = reciprocal_or_nan(in[3][i]);
     const KlTerms<T> kl = kl_terms(in[0][i], in[2][i], inv_q, ratio_terms(in[1][i], in[3][i], inv_q));
     out[0][i] = kl.value, out[1][i] = kl.d_mean_p, out[2][i] = kl.d_log_std_p, out[3][i] = kl.d_log_std_q;
   }
