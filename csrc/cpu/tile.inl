@@ -119,7 +119,7 @@ struct LaneMax {
 // out[r] = sum over c of x[r, c]
 template <class T>
 void sum_each_row(const T* x, int64_t rows, int64_t cols, T* out) {
-  if (cols >= 2 * kLanes) {
+  if (cols >= 4 * kLanes) {
     for (int64_t r = 0; r < rows; ++r) {
       LaneSum<T> sum;
       sum.add(x + r * cols, cols);
