@@ -23,7 +23,10 @@ METRICS = ("loss", "surrogate", "value_loss", "entropy", "kl", "approx_kl", "cli
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any of the tensors is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def savable(t: Tensor) -> Tensor:

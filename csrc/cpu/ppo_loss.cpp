@@ -41,7 +41,7 @@ namespace {
 
 constexpr int64_t kTileElements = 1024;
 constexpr int64_t kMaxTileRows = 256;
-constexpr int64_t kTilesPerChunk = 8;
+constexpr int64_t kTilesPerChunk = 4;
 
 // How rows are cut depends on N and A alone, never on the threads: the sums then have one order.
 template <class T>

@@ -59,8 +59,9 @@ def row_or_rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -
 def vector(name: str, t: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
     """``t`` of shape [...] or [..., 1] as [N] or [N, 1]: a view less to make."""
     check_tensor(name, t, device)
-    if t.shape != leading and t.shape != (*leading, 1):
-        raise ValueError(f"{name} must have the shape {list(leading)} or {[*leading, 1]}, got {list(t.shape)}")
+    shape = t.shape
+    if shape != leading and (shape[:-1] != leading or shape[-1] != 1):
+        raise ValueError(f"{name} must have the shape {list(leading)} or {[*leading, 1]}, got {list(shape)}")
     return t if len(leading) == 1 else t.reshape(-1)
 
 
