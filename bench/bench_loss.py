@@ -3,6 +3,7 @@
 python bench/bench_loss.py            # the table of the README
 python bench/bench_loss.py --quick    # the first two lines, fewer rounds
 python bench/bench_loss.py --save     # also writes bench/results/<machine>/loss.json
+python bench/bench_loss.py --device cuda
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from harness import RESULTS, Timing, interleave, machine, print_table, write_results
+from harness import RESULTS, Timing, interleave, interleave_graphs, machine, print_table, write_results
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -35,6 +36,19 @@ CASES = [
     (24_576, 1, True, None),
     (24_576, 37, True, None),
 ]
+
+
+# On a GPU calls are captured in CUDA graphs, with as many input sets in turn as do not fit its second-level cache.
+GPU_CASES = [
+    (24_576, 12, True),
+    (24_576, 12, False),
+    (24_576, 1, True),
+    (24_576, 37, True),
+    (98_304, 29, True),
+    (1_048_576, 32, True),
+    (1_048_576, 32, False),
+]
+GPU_BYTES_IN_TURN = 200e6
 
 
 def make_inputs(
@@ -138,6 +152,32 @@ def measured_row(inputs: tuple[Tensor, ...], data: str, timings: dict[str, Timin
     return row
 
 
+def on_gpu(rounds: int) -> list[dict]:
+    """Microseconds and GB/s of the GPU's own work."""
+    rows = []
+    for num_rows, num_actions, old_std_per_row in GPU_CASES:
+        first = make_inputs(num_rows, num_actions, old_std_per_row, 0, "cuda")
+        num_sets = max(2, min(64, round(GPU_BYTES_IN_TURN / bytes_of(first))))
+        inputs = [first]
+        for _ in range(num_sets - 1):  # as rows in another order: quicker than drawing them
+            order = torch.randperm(num_rows, device="cuda")
+            rows_of = [t.detach()[order] if t.shape[0] == num_rows else t.detach().clone() for t in first]
+            inputs.append(tuple(t.requires_grad_(i < 3) for i, t in enumerate(rows_of)))
+        check_agreement(first)
+        replays = max(1, 20_000_000 // num_rows // num_sets)
+        timings = interleave_graphs(contenders(inputs), num_sets, rounds, replays)
+        row = measured_row(first, "memory", timings)
+        rows.append(row)
+        ours, copy = row["ppo_loss_and_grad"], row["copy"]
+        print(
+            f"{num_rows:>9,} x {num_actions:<2} old_std {row['old_std']:<6}  {1e3 * ours['median ms']:8.2f} us  "
+            f"{ours['GB/s']:6.0f} GB/s (copy {copy['GB/s']:.0f})  {ours['times faster than eager']:6.1f} x eager  "
+            f"{ours['times faster than compiled']:5.1f} x compiled  host {1e3 * ours['first call ms']:.0f} us",
+            flush=True,
+        )
+    return rows
+
+
 def displayed(row: dict) -> dict[str, str]:
     """The same as cells of the printed table."""
     ours, autograd = row["ppo_loss_and_grad"], row["ppo_loss"]
@@ -163,10 +203,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the first two cases, fewer rounds")
     parser.add_argument("--rounds", type=int, default=None, help="rounds per case (default: 40, quick: 15)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME/loss.json")
     args = parser.parse_args()
     rounds = args.rounds or (15 if args.quick else 40)
     print("  ".join(f"{k}: {v}" for k, v in machine().items()))
+
+    if args.device == "cuda":
+        rows = on_gpu(rounds)
+        if args.save:
+            print(f"written: {write_results('loss', rows, RESULTS / args.save)}")
+        return 0
 
     rows, missed = [], []
     for num_rows, num_actions, old_std_per_row, bar in CASES[:2] if args.quick else CASES:

@@ -75,11 +75,56 @@ def interleave(
     return timings
 
 
+def captured(call: Callable[[int], object], num_calls: int) -> torch.cuda.CUDAGraph:
+    """``call(0)`` … ``call(num_calls - 1)`` as one CUDA graph: what is timed is the GPU's work, not the launching."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in (0, 1, 2):
+            call(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(num_calls):
+            call(i)
+    return graph
+
+
+def interleave_graphs(
+    contenders: dict[str, Callable[[int], object]], num_calls: int, rounds: int, replays: int
+) -> dict[str, Timing]:
+    """As ``interleave`` on a GPU: a turn is ``replays`` replays of ``num_calls`` captured calls, between two events.
+
+    "First call" is the host's time for one call that is not captured, launches and all.
+    """
+    graphs = {name: captured(call, num_calls) for name, call in contenders.items()}
+    timings = {name: Timing(name, [], []) for name in contenders}
+    names = list(contenders)
+    for i in range(-2, rounds):
+        for name in names if i % 2 else reversed(names):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            graphs[name].replay()
+            start.record()
+            for _ in range(replays):
+                graphs[name].replay()
+            end.record()
+            end.synchronize()
+            host = time.perf_counter()
+            contenders[name](0)
+            torch.cuda.synchronize()
+            host = time.perf_counter() - host
+            if i >= 0:
+                timings[name].seconds.append(1e-3 * start.elapsed_time(end) / (replays * num_calls))
+                timings[name].first_call.append(host)
+    return timings
+
+
 def machine() -> dict[str, str | int]:
     """What the figures were measured on."""
     return {
         "date": date.today().isoformat(),
         "cpu": _cpu_name(),
+        **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs; installed as ``pyfast_ppo.triton_kernels``. None yet: ``pyfast_ppo.backends`` says so."""
+"""The Triton kernels. They know nothing of torch: ``pyfast_ppo.backends.triton`` launches them."""

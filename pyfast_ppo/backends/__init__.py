@@ -1,7 +1,7 @@
 """Which code runs an operation: one table of what there is, what it can run on, and why it cannot.
 
 A backend is a module with the same functions as every other (see ``cpu.py``), tensors in and tensors out; it knows
-nothing of autograd. ``eager`` runs everywhere, so there is always one.
+nothing of autograd. ``eager`` runs everything everywhere, so there is always one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ import torch
 PREFERENCE = ("cuda", "triton", "cpu", "eager")
 """Fastest first: the order in which ``backend=None`` looks for one."""
 
-_MODULES = {"cpu": "pyfast_ppo.backends.cpu", "eager": "pyfast_ppo.backends.eager"}
-_NOT_YET = {
-    "cuda": "this version has no CUDA kernels yet",
-    "triton": "this version has no Triton kernels yet",
-}
-_DEVICE_TYPES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "eager": None}  # None: any
+_NOT_YET = {"cuda": "this version has no CUDA kernels yet"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class BackendStatus:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(f"pyfast_ppo.backends.{name}")
 
 
 def unavailable_reason(name: str) -> str | None:
@@ -51,41 +46,47 @@ def status() -> list[BackendStatus]:
     return rows
 
 
-_selected: dict[tuple[str | None, str], ModuleType] = {}
+_selected: dict[tuple[str | None, str, torch.dtype], ModuleType] = {}
 
 
-def select(name: str | None, device: torch.device) -> ModuleType:
+def select(name: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
     """The backend of that name, or the best one for tensors on ``device`` if the name is None.
+
+    ``dtype`` is what the operation computes in: float64 if any of its tensors is, else float32.
 
     Raises:
         ValueError: There is no such backend, or it does not run on this device.
+        TypeError: It does not compute in this dtype.
         RuntimeError: The backend is not available on this machine; the message says why.
     """
-    key = (name, device.type)
+    key = (name, device.type, dtype)
     if key not in _selected:
-        _selected[key] = _find(name, device.type)
+        _selected[key] = _find(*key)
     return _selected[key]
 
 
-def _find(name: str | None, device_type: str) -> ModuleType:
+def _find(name: str | None, device_type: str, dtype: torch.dtype) -> ModuleType:
     if name is None:
-        for candidate in PREFERENCE:
-            if _runs_on(candidate, device_type) and unavailable_reason(candidate) is None:
-                return _module(candidate)
-        raise AssertionError("the eager backend is always available")
+        candidates = (_module(c) for c in PREFERENCE if unavailable_reason(c) is None)
+        return next(c for c in candidates if _fits(c, device_type, dtype) and not c.FOR_TESTS_ONLY)
     if name not in PREFERENCE:
         raise ValueError(f"backend must be one of {', '.join(map(repr, PREFERENCE))} or None, got {name!r}")
     reason = unavailable_reason(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}; pass backend=None for the best one there is")
-    if not _runs_on(name, device_type):
+    module = _module(name)
+    if not _fits(module, device_type, torch.float32):
         raise ValueError(
-            f"backend {name!r} runs on {_DEVICE_TYPES[name][0]} tensors, the arguments are on {device_type}; "
+            f"backend {name!r} runs on {module.DEVICE_TYPE} tensors, the arguments are on {device_type}; "
             "move them or pass backend=None"
         )
-    return _module(name)
+    if not _fits(module, device_type, dtype):
+        raise TypeError(
+            f"backend {name!r} computes in float32, an argument is {str(dtype).removeprefix('torch.')}; "
+            "convert it with .float() or pass backend=None"
+        )
+    return module
 
 
-def _runs_on(name: str, device_type: str) -> bool:
-    device_types = _DEVICE_TYPES[name]
-    return device_types is None or device_type in device_types
+def _fits(module: ModuleType, device_type: str, dtype: torch.dtype) -> bool:
+    return module.DEVICE_TYPE in (None, device_type) and dtype in module.COMPUTES_IN

@@ -9,6 +9,9 @@ from pyfast_ppo.backends import _extension
 from pyfast_ppo.reference import METRICS, arithmetic_dtype
 
 name = "cpu"
+DEVICE_TYPE = "cpu"
+COMPUTES_IN = (torch.float32, torch.float64)
+FOR_TESTS_ONLY = False
 
 _C, _REASON = _extension.load()
 

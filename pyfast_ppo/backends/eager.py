@@ -8,6 +8,9 @@ from torch import Tensor
 from pyfast_ppo import reference
 
 name = "eager"
+DEVICE_TYPE = None  # any
+COMPUTES_IN = (torch.float32, torch.float64)
+FOR_TESTS_ONLY = False
 
 
 def unavailable_reason() -> str | None:

@@ -77,7 +77,8 @@ def gae(
         with torch.no_grad():  # the compiler sees the formula itself, and fuses it
             advantages, returns = reference.gae(*args)
     else:
-        advantages, returns = backends.select(backend, device).gae(*args)
+        dtype = reference.arithmetic_dtype(rewards, values, last, final_values)
+        advantages, returns = backends.select(backend, device, dtype).gae(*args)
     return advantages.view(shape), returns.view(shape)
 
 

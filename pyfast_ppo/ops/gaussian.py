@@ -87,7 +87,7 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor, *,
 def _apply(operation: str, backend: str | None, device: torch.device, flat: tuple[Tensor, ...]) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler sees the formula itself, and fuses it
         return _reference(operation, flat)
-    run = backends.select(backend, device)
+    run = backends.select(backend, device, reference.arithmetic_dtype(*flat))
     if run.name == "eager":
         return _reference(operation, flat)
     return _Gaussian.apply(run, operation, *flat)

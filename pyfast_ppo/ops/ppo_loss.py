@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -131,7 +133,7 @@ def ppo_loss(
             return PPOLossOutput(loss, *metrics.unbind()[1:])
         loss, metrics, *_ = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
         return PPOLossOutput(loss, *metrics.detach().unbind()[1:])
-    run = backends.select(backend, mean.device)
+    run = _select(backend, call)
     if torch.is_grad_enabled() and (call.mean.requires_grad or call.std.requires_grad or call.values.requires_grad):
         loss, metrics = _PPOLoss.apply(*call[:3], run, call)
         return PPOLossOutput(loss, *metrics.unbind()[1:])
@@ -173,7 +175,7 @@ def ppo_loss_and_grad(
     if torch.compiler.is_compiling() and not _is_eager(backend, mean.device.type):
         _, *outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
     else:
-        outputs = backends.select(backend, mean.device).ppo_loss(*call)
+        outputs = _select(backend, call).ppo_loss(*call)
     metrics, grad_mean, grad_std, grad_values = outputs
     if std.dim() > 1 and grad_std.dim() == 1:
         grad_std = arguments.spread_over_rows(grad_std, std.shape)
@@ -251,6 +253,10 @@ def _prepare(
         kl_new_old=kl_direction == "new_old",
         num_original=num_original,
     )
+
+
+def _select(backend: str | None, call: Sequence) -> ModuleType:
+    return backends.select(backend, call[0].device, reference.arithmetic_dtype(*call[:_NUM_TENSORS]))
 
 
 @torch.compiler.assume_constant_result
@@ -333,7 +339,7 @@ def _op(*args):
     *inputs, use_clipped_value_loss, kl_new_old, num_original, backend = args
     pairs = inputs[_NUM_TENSORS:]
     coefficients = [pairs[i + 1] if pairs[i] is None else pairs[i] for i in range(0, len(pairs), 2)]
-    run = backends.select(backend, inputs[0].device)
+    run = _select(backend, inputs)
     outputs = run.ppo_loss(*inputs[:_NUM_TENSORS], *coefficients, use_clipped_value_loss, kl_new_old, num_original)
     return outputs[0][0].clone(), *outputs
 

@@ -99,6 +99,24 @@ def test_operations_with_an_unavailable_backend(name: str) -> None:
         assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [row.name for row in backends.status() if row.available])
+def test_float64(name: str) -> None:
+    """Computed, or refused by name; never quietly in float32."""
+    find = getattr(backends._find, "__wrapped__", backends._find)
+    module = importlib.import_module(f"pyfast_ppo.backends.{name}")
+    device_type = module.DEVICE_TYPE or "cpu"
+    if torch.float64 in module.COMPUTES_IN:
+        assert find(name, device_type, torch.float64) is module
+    else:
+        with pytest.raises(TypeError, match=rf"^backend '{name}' computes in float32, an argument is float64"):
+            find(name, device_type, torch.float64)
+        assert find(None, device_type, torch.float64).name in ("cpu", "eager")
+
+
+def test_an_interpreter_is_never_the_best() -> None:
+    assert backends.select(None, CPU).name == "cpu"
+
+
 # --- without the compiled extension -----------------------------------------------------------------------------------
 
 CHILD = """

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: build, tests on the device, compute-sanitizer, benchmarks.
+#   bash bench/on_gpu.sh [results directory]      default: bench/results/<gpu>; the logs lie beside the JSON files
+# Runs on where a step fails, and says at the end which did. torch, triton and pytest must be there.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || exit 1
+results=${1:-bench/results/$gpu}
+mkdir -p "$results"
+failed=()
+step() {  # name, seconds at most, command
+  local name=$1 limit=$2
+  shift 2
+  printf '\n=== %s (%d s)\n' "$name" "$SECONDS"
+  timeout "$limit" "$@" 2>&1 | tee "$results/$name.log" | tail -n 40
+  local status=${PIPESTATUS[0]}
+  [ "$status" -eq 0 ] || failed+=("$name (exit $status)")
+}
+
+export TRITON_DEFAULT_FP_FUSION=1
+step build 300 python3 -m pip install -q --no-build-isolation --no-deps .
+step doctor 60 python3 -m pyfast_ppo doctor
+step tests 400 python3 -m pytest -q -x --maxfail=20 tests/ops tests/triton_kernels -k "triton or cuda"
+for tool in memcheck racecheck; do
+  step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
+done
+step loss 240 python3 bench/bench_loss.py --device cuda --rounds 20 --save "$(basename "$results")"
+step gae 120 python3 bench/bench_gae.py --device cuda --save "$(basename "$results")"
+
+printf '\n=== done (%d s): %s\n' "$SECONDS" "$results"
+if [ "${#failed[@]}" -gt 0 ]; then
+  printf 'failed: %s\n' "${failed[@]}"
+  exit 1
+fi

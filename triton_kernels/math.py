@@ -1,0 +1,100 @@
+"""exp and log of one number, and one dimension of a Gaussian, in the forms of ``csrc/math`` and with its constants.
+
+Triton has no expm1 or log1p on every device, and its exp is an approximation whose error grows with the argument. These
+are polynomials in float32. Their largest errors against exact values are in ``tests/triton_kernels/test_math.py``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAX_LOG_RATIO = tl.constexpr(20.0)
+HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
+HALF_LOG_2PI_E = tl.constexpr(1.41893853320467274178)
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def is_positive_normal(x):
+    """Neither zero, negative, subnormal, infinite nor NaN: what a standard deviation has to be."""
+    return (x >= SMALLEST_NORMAL) & (x <= LARGEST)
+
+
+@triton.jit
+def is_finite(x):
+    return x - x == 0.0
+
+
+@triton.jit
+def reciprocal_or_nan(x):
+    return tl.where(is_positive_normal(x), 1.0 / x, float("nan"))
+
+
+@triton.jit
+def exp_terms(x):
+    """(eˣ, eˣ - 1 - x), the latter never as a difference of near-equal numbers. |x| <= MAX_LOG_RATIO or NaN."""
+    # x = n ln 2 + f with |f| <= ln(2)/2; adding and subtracting 1.5 * 2^23 rounds to the nearest integer
+    shifted = x * 1.44269504 + 12582912.0
+    n = shifted - 12582912.0
+    f = (x - n * 0.693145752) - n * 1.42860677e-6
+    # e^f = 1 + f + f^2 q, Taylor to f^7
+    q = 8.33333333e-3 + f * (1.38888889e-3 + f * 1.98412698e-4)
+    q = 0.5 + f * (1.66666667e-1 + f * (4.16666667e-2 + f * q))
+    power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)  # 2^n
+    expm1_f = f + f * f * q
+    return power + power * expm1_f, tl.where(n == 0.0, f * f * q, (power * expm1_f + (power - 1.0)) - x)
+
+
+@triton.jit
+def log1p_remainder(x):
+    """(x - log(1 + x)) / x² for 1 + x in [sqrt(1/2), sqrt(2)): minimax to 8e-9."""
+    total = 1.16315447e-1 - x * 6.90237209e-2
+    total = -1.17914788e-1 + x * total
+    total = 1.24062918e-1 + x * total
+    total = -1.42331809e-1 + x * total
+    total = 1.66684628e-1 + x * total
+    total = -2.00014457e-1 + x * total
+    total = 2.49999911e-1 + x * total
+    total = -3.33333224e-1 + x * total
+    return 0.5 + x * total
+
+
+@triton.jit
+def binary_exponent(x):
+    """(e, m) with x = 2ᵉ m and m in [sqrt(1/2), sqrt(2)), for a positive normal x."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    return exponent.to(tl.float32), (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log_or_nan(x):
+    """log x; NaN for what is not a positive normal number, so that such a std shows."""
+    exponent, mantissa = binary_exponent(x)
+    m1 = mantissa - 1.0
+    result = exponent * 0.693147181 + (m1 - m1 * m1 * log1p_remainder(m1))
+    return tl.where(is_positive_normal(x), result, float("nan"))
+
+
+@triton.jit
+def ratio_terms(p, q, inv_q):
+    """(e²ᵈ - 1, e²ᵈ - 1 - 2d) for d = log(p/q) of two stds, accurate however close they are; see csrc/math."""
+    e = (p - q) * inv_q
+    ratio = p * inv_q
+    exponent, mantissa = binary_exponent(ratio)
+    near = exponent == 0.0
+    m1 = tl.where(near, e, mantissa - 1.0)
+    difference = m1 * m1 * log1p_remainder(m1)  # m1 - log(1 + m1)
+    expm1 = e * (2.0 + e)
+    phi = (tl.where(near, e * e, expm1 - 2.0 * m1) + 2.0 * difference) - exponent * 1.38629436
+    valid = is_positive_normal(ratio)
+    return tl.where(valid, expm1, float("nan")), tl.where(valid, phi, float("nan"))
+
+
+@triton.jit
+def kl_terms(mean_p, mean_q, inv_std_q, ratio_expm1, ratio_phi):
+    """KL(p‖q) in one dimension and its derivatives in mean_p, log std_p and log std_q (mean_q: the first, negated)."""
+    m = (mean_p - mean_q) * inv_std_q
+    return 0.5 * (ratio_phi + m * m), m * inv_std_q, ratio_expm1, -(ratio_expm1 + m * m)
