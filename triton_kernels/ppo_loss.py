@@ -30,6 +30,11 @@ NUM_METRICS = tl.constexpr(9)
 NUM_SUMS = tl.constexpr(16)  # rows of ``partials`` before those of the std's columns: the next power of two
 
 
+# Three programs of 128 threads share the 65,536 registers of a multiprocessor. Left to itself, the compiler for sm_80
+# stops at 128 and spills.
+MAX_REGISTERS = 168
+
+
 def block_shape(num_actions: int) -> dict[str, int]:
     """Tile and warps for A actions. A alone decides, so that N never causes a compilation.
 

@@ -112,6 +112,11 @@ def _matrix(t: Tensor) -> tuple[Tensor, int]:
     return (t, t.stride(0)) if t.stride(0) > 0 else (t.contiguous(), t.shape[1])
 
 
+def _on_nvidia(**options: int) -> dict[str, int]:
+    """Launch options that other GPUs' compilers do not know."""
+    return options if torch.version.cuda and not INTERPRETED else {}
+
+
 def _contiguous_grad(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
@@ -184,6 +189,7 @@ def ppo_loss(
             CLIP_VALUE=use_clipped_value_loss,
             KL_NEW_OLD=kl_new_old,
             **shape,
+            **_on_nvidia(maxnreg=kernels.MAX_REGISTERS),
         )
     return metrics, *grads
 
