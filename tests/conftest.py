@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
+import numpy as np
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported for the first time
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not said
+
+
+def round_to_bfloat16_in_the_interpreter() -> None:
+    """As a GPU does, to nearest; Triton's interpreter cuts the bits off."""
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, to):
+        if source.dtype.scalar == float32 and to.scalar == bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+            return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), to.scalar)
+        return cast(self, source, to)
+
+    InterpreterBuilder.cast_impl = cast_impl
+
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported for the first time
+    round_to_bfloat16_in_the_interpreter()

@@ -346,4 +346,5 @@ def _finish(
             total += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
         std = tl.load(std_ptr + cols, mask=cols < A, other=1.0).to(tl.float64)
         grad_std = (tl.sum(total, 1) - _entry(sums, COEFFICIENT) - entropy_coef) / std
-        tl.store(grad_std_ptr + cols, grad_std.to(grad_std_ptr.dtype.element_ty), mask=cols < A)
+        grad_std = grad_std.to(tl.float32).to(grad_std_ptr.dtype.element_ty)
+        tl.store(grad_std_ptr + cols, grad_std, mask=cols < A)

@@ -15,10 +15,11 @@ from pyfast_ppo import backends
 
 sys.path.append(str(Path(__file__).parent / "oracles"))
 
-AVAILABLE = [status.name for status in backends.status() if status.available]
+from backends_here import AVAILABLE
 
 
-@pytest.fixture(scope="session", params=AVAILABLE)  # session: hypothesis calls a test many times with one fixture
+# session: hypothesis calls a test many times with one fixture
+@pytest.fixture(scope="session", params=[row.name for row in AVAILABLE])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 

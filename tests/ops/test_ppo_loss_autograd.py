@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends_here import KERNELS, NATIVE
 from ppo_loss_oracle import (
     DEFAULTS,
     DIFFERENTIABLE,
@@ -26,10 +27,6 @@ from torch import Tensor
 
 import pyfast_ppo
 from pyfast_ppo import backends, ppo_loss, ppo_loss_and_grad, ppo_loss_reference
-
-AVAILABLE = [row for row in backends.status() if row.available]
-KERNELS = [row.name for row in AVAILABLE if row.name != "eager"]
-NATIVE = [row.name for row in AVAILABLE if "interpreted" not in row.detail]  # Triton's interpreter knows one thread
 
 
 def with_leaves(inputs: Inputs, names: tuple[str, ...] = DIFFERENTIABLE) -> Inputs:
@@ -421,7 +418,7 @@ def test_same_bits(
             assert_same_bits(results(inputs, backend), want)
 
 
-@pytest.mark.parametrize("backend", NATIVE, indirect=True)
+@pytest.mark.parametrize("backend", NATIVE, indirect=True)  # the interpreter knows one thread
 def test_several_python_threads_at_once(backend: str, device: str) -> None:
     cases = [make_inputs(700 + 100 * i, 5, seed=i, old_std_per_row=bool(i % 2), device=device) for i in range(4)]
     wants = [results(inputs, backend) for inputs in cases]
