@@ -4,6 +4,7 @@
 command line.
 """
 
+from pyfast_ppo import kl, schedules
 from pyfast_ppo._version import __version__
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_entropy, gaussian_kl, gaussian_log_prob
@@ -16,7 +17,9 @@ __all__ = [
     "gaussian_entropy",
     "gaussian_kl",
     "gaussian_log_prob",
+    "kl",
     "ppo_loss",
     "ppo_loss_and_grad",
     "ppo_loss_reference",
+    "schedules",
 ]

@@ -1,7 +1,7 @@
 """The formulas in plain, differentiable PyTorch: the oracle of the tests and the code of the "eager" backend.
 
-The notation is that of ``docs/formulas.md``: r = π_new / π_old, ℓ = log r, λ = log σ. Every function takes flat
-tensors: N rows, A action dimensions. Arithmetic is in float32, or in float64 as soon as one tensor is float64.
+Notation: r = π_new / π_old, ℓ = log r, λ = log σ. Every function takes flat tensors: N rows, A action dimensions.
+Arithmetic is in float32, or in float64 as soon as one tensor is float64.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def savable(t: Tensor) -> Tensor:
     return t.clone() if not torch.compiler.is_compiling() and t.is_inference() else t
 
 
-def _expm1_minus(x: Tensor) -> Tensor:
+def expm1_minus(x: Tensor) -> Tensor:
     """φ(x) = eˣ - 1 - x, by its Taylor series where the difference would cancel."""
     last = 16 if x.dtype == torch.float64 else 9  # xᵏ / k! is below rounding from there on
     series = x / last
@@ -63,7 +63,7 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     near = e.abs() < 0.5  # further away e itself is rounded: at -1 + 1e-6 to 6%
     delta = torch.where(near, torch.log1p(torch.where(near, e, 0.0)), torch.log(std_p / std_q))
     m = (mean_p - mean_q) / std_q
-    return (0.5 * (_expm1_minus(2.0 * delta) + m * m)).sum(-1)
+    return (0.5 * (expm1_minus(2.0 * delta) + m * m)).sum(-1)
 
 
 def ppo_loss(
@@ -128,7 +128,7 @@ def ppo_loss(
     loss = surrogate + value_loss_coef * value_loss - entropy_coef * entropy + kl_coef * kl
 
     with torch.no_grad():
-        approx_kl = (_expm1_minus(clamped) + correction).mean()
+        approx_kl = (expm1_minus(clamped) + correction).mean()
         clip_fraction = ((ratio < 1.0 - clip_param) | (ratio > 1.0 + clip_param)).to(dtype).mean()
         fine = torch.isfinite(log_ratio)
         for rollout in (values, advantages, returns, old_values):

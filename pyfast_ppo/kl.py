@@ -1,0 +1,301 @@
+"""The KL of two policies: exact where it has a closed form, estimated from samples where it has none.
+
+ℓ = log π_new(a) - log π_old(a) and r = e^ℓ throughout; F = KL(old‖new), R = KL(new‖old); g = ∇ log π_new(a). The
+samples are actions of the old policy (PPO), or of the new one (fine-tuning against a reference, which then is "old").
+What an estimator's *value* estimates and what the *gradient* of its value estimates are two questions with different
+answers: ``estimate`` answers the first and is made to be logged, ``loss`` the second and is made to be minimised.
+
+Where the policies are Gaussian or categorical, the exact forms have no action noise at all: prefer them.
+
+Sources: J. Schulman, "Approximating KL Divergence" (2020), for k1, k2, k3; Tang and Munos, arXiv 2506.09477, and arXiv
+2510.01555 for what their gradients are. tests/test_kl.py holds every line of the tables to 1e-9, by quadrature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyfast_ppo.ops.gaussian import gaussian_kl as gaussian
+from pyfast_ppo.reference import MAX_LOG_RATIO, expm1_minus
+
+__all__ = [
+    "categorical",
+    "control_variate",
+    "estimate",
+    "gaussian",
+    "loss",
+    "multi_categorical",
+    "sequence_loss",
+]
+
+ESTIMATORS = ("k1", "k2", "k3")
+DIRECTIONS = ("old_new", "new_old")
+POLICIES = ("old", "new")
+
+
+# --- from samples -----------------------------------------------------------------------------------------------------
+
+
+def estimate(log_ratio: Tensor, estimator: str = "k3", sampled_from: str = "old") -> Tensor:
+    """One estimate of the KL for each sample, to be averaged. No gradient: for one, see ``loss``.
+
+    It estimates the KL of the policy that was sampled to the other: F from old samples, R from new ones. With
+    x = ℓ for old samples and x = -ℓ for new ones:
+
+    ======  ==============  ===========================================================================
+    k1      -x              unbiased; each can be negative, the spread is √(2 KL) for small steps
+    k2      ½ x²            biased (by the third order of the step), never negative
+    k3      (eˣ - 1) - x    unbiased, never negative. Its variance is e^{2K} - 1 - 2K for a shift of the
+                            mean, smaller than that of k1 up to K = 0.628 nats, and infinite as soon as
+                            one std of the other policy is √2 times that of the sampled one, or more
+    ======  ==============  ===========================================================================
+
+    k3 is no Taylor expansion; k2 is the second-order term of k3. eˣ is clamped to e^{±20}.
+
+    Args:
+        log_ratio: ℓ. Any shape.
+        estimator: "k1", "k2" or "k3".
+        sampled_from: The policy that the actions come from: "old" or "new".
+
+    Returns:
+        As ``log_ratio``, in nats.
+
+    Raises:
+        ValueError: An unknown estimator or policy.
+    """
+    _check("estimator", estimator, ESTIMATORS)
+    _check("sampled_from", sampled_from, POLICIES)
+    x = log_ratio.detach() if sampled_from == "old" else -log_ratio.detach()
+    if estimator == "k1":
+        return -x
+    return 0.5 * x * x if estimator == "k2" else _k3(x)
+
+
+def control_variate(log_ratio: Tensor, sampled_from: str = "old", weight: float | None = None) -> Tensor:
+    """k1 + weight · (eˣ - 1), x as in ``estimate``: unbiased for every fixed weight, because eˣ - 1 has mean 0.
+
+    A weight of 0 is k1, of 1 is k3. The least variance is that of weight c* = Cov(x, eˣ) / Var(eˣ), which for a shift
+    of the mean by K nats is 2K / (e^{2K} - 1). ``weight=None`` estimates c* for each sample from all *others*: the
+    weight is then independent of the sample that it multiplies, and the mean stays unbiased. c* from all samples
+    together would bias it.
+
+    Args:
+        log_ratio: ℓ of independent samples. Any shape; for ``weight=None`` at least 3 of them.
+        sampled_from: "old" (estimates F) or "new" (estimates R).
+        weight: A fixed weight, or None for the best one.
+
+    Returns:
+        As ``log_ratio``, in nats, to be averaged. No gradient.
+
+    Raises:
+        ValueError: An unknown policy; too few samples.
+    """
+    _check("sampled_from", sampled_from, POLICIES)
+    x = log_ratio.detach() if sampled_from == "old" else -log_ratio.detach()
+    variate = torch.expm1(x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    if weight is not None:
+        return -x + weight * variate
+    if x.numel() < 3:
+        raise ValueError(f"log_ratio must have at least 3 samples to estimate the best weight, got {x.numel()}")
+    others = x.numel() - 1
+    mean_x, mean_v = (x.sum() - x) / others, (variate.sum() - variate) / others
+    covariance = ((x * variate).sum() - x * variate) / others - mean_x * mean_v
+    variance = (variate.square().sum() - variate.square()) / others - mean_v.square()
+    return -x + torch.where(variance > 0.0, covariance / variance, 0.0) * variate
+
+
+def loss(log_ratio: Tensor, direction: str = "old_new", sampled_from: str = "old", form: str = "k3") -> Tensor:
+    """A term for each sample whose gradient is that of the KL, exactly, in expectation.
+
+    The mean of coefficient · g over the samples is ∇F for "old_new" and ∇R for "new_old":
+
+    =========  =======  ====  ==================  ===============  ==========================================
+    direction  samples  form  value               coefficient      remark
+    =========  =======  ====  ==================  ===============  ==========================================
+    old_new    old      k1    -ℓ                  -1               PPO's maximum likelihood
+    old_new    old      k3    (r - 1) - ℓ         r - 1            0 at equality
+    new_old    old      k1    r ℓ                 r (ℓ + 1)        importance weights
+    new_old    old      k2    r ½ℓ²               r ℓ              r is a weight: it has no gradient
+    new_old    old      k3    r ℓ - (r - 1)       r ℓ
+    new_old    new      k1    ℓ                   ℓ                the score-function form; the gradient of ℓ
+                                                                   alone has the mean 0
+    new_old    new      k2    ½ℓ²                 ℓ                the same gradient, another value
+    new_old    new      k3    (1/r - 1) + ℓ       ℓ                k3 and its score-function term
+    old_new    new      k1    -ℓ / r              -1/r             importance weights
+    old_new    new      k3    (1/r - 1) + ℓ       1 - 1/r          k3 without that term: the *other* direction;
+                                                                   its value estimates R
+    =========  =======  ====  ==================  ===============  ==========================================
+
+    For samples of the old policy, k3 plus "ℓ ∇ log π" (a term that belongs to new samples) would have the gradient
+    of about 2 F; ½ℓ² has the gradient of neither.
+
+    Args:
+        log_ratio: ℓ, with a gradient to the new policy. Any shape.
+        direction: The KL whose gradient is wanted: "old_new" or "new_old".
+        sampled_from: The policy that the actions come from: "old" or "new".
+        form: "k1", "k2" or "k3".
+
+    Returns:
+        As ``log_ratio``, in nats, to be averaged and minimised. r is clamped to e^{±20}. First derivatives only.
+
+    Raises:
+        ValueError: An unknown name, or a form that has not this gradient.
+    """
+    _check("direction", direction, DIRECTIONS)
+    _check("sampled_from", sampled_from, POLICIES)
+    _check("form", form, ESTIMATORS)
+    x = log_ratio.detach()
+    clamped = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    r = torch.exp(clamped)
+    case = (direction, sampled_from, form)
+    if case == ("old_new", "old", "k1"):
+        value, coefficient = -x, -torch.ones_like(x)
+    elif case == ("old_new", "old", "k3"):
+        value, coefficient = _k3(x), torch.expm1(clamped)
+    elif case == ("new_old", "old", "k1"):
+        value, coefficient = r * x, r * (x + 1.0)
+    elif case == ("new_old", "old", "k2"):
+        value, coefficient = 0.5 * r * x * x, r * x
+    elif case == ("new_old", "old", "k3"):
+        value, coefficient = r * _k3(-x), r * x  # r ((1/r - 1) + ℓ)
+    elif case == ("new_old", "new", "k1"):
+        value, coefficient = x, x
+    elif case == ("new_old", "new", "k2"):
+        value, coefficient = 0.5 * x * x, x
+    elif case == ("new_old", "new", "k3"):
+        value, coefficient = _k3(-x), x
+    elif case == ("old_new", "new", "k1"):
+        value, coefficient = -x / r, -1.0 / r
+    elif case == ("old_new", "new", "k3"):
+        value, coefficient = _k3(-x), -torch.expm1(-clamped)
+    else:
+        raise ValueError(
+            "form 'k2' has not the gradient of KL(old‖new), "
+            f"from samples of the {sampled_from} policy; use 'k1' or 'k3'"
+        )
+    return value + coefficient * (log_ratio - x)
+
+
+# --- sequences --------------------------------------------------------------------------------------------------------
+
+
+def sequence_loss(
+    log_ratio: Tensor,
+    direction: str = "new_old",
+    sampled_from: str = "new",
+    *,
+    step_kl: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """A term for each sequence whose gradient is that of the KL of whole sequences, exactly, in expectation.
+
+    A sequence's log-ratio is the sum of its steps', and its KL is Σ_t of the expected step KLs. Two cases are exact
+    without products of ratios, whose variance explodes with the length:
+
+    - old samples, "old_new": the states do not depend on the new policy, so steps count for themselves: -Σ_t ℓ_t, or
+      Σ_t KL_t with the steps' exact KLs (Rao-Blackwell: no action noise). This is T times the mean over the rollout's
+      states that PPO uses.
+    - new samples, "new_old": an action changes the states that follow, so step t answers for all that comes: the
+      coefficient of g_t is Σ_{s≥t} ℓ_s (reward-to-go); with the exact KLs the gradient is
+      Σ_t [∇KL_t + (Σ_{s>t} KL_s) g_t] (arXiv 2504.10637), of smaller variance.
+
+    Args:
+        log_ratio: ℓ_t, with a gradient to the new policy. [..., T].
+        direction: "new_old" or "old_new".
+        sampled_from: "new" or "old".
+        step_kl: The exact KL of each step in this direction, with its gradient. [..., T].
+        mask: Which steps count; padding is False. What stands there does not matter, not even NaN. [..., T].
+
+    Returns:
+        One term per sequence, in nats, to be averaged and minimised: [...]. Its value estimates the sequence KL.
+
+    Raises:
+        ValueError: An unknown name or a shape that does not fit; a direction that these samples do not give.
+    """
+    _check("direction", direction, DIRECTIONS)
+    _check("sampled_from", sampled_from, POLICIES)
+    if (direction == "old_new") != (sampled_from == "old"):
+        raise ValueError(
+            f"direction {direction!r} from samples of the {sampled_from} policy needs products of ratios over the "
+            "whole sequence, whose variance explodes; sample the other policy, or use loss() per step"
+        )
+    for name, t in (("step_kl", step_kl), ("mask", mask)):
+        if t is not None and t.shape != log_ratio.shape:
+            raise ValueError(f"{name} must have the shape {list(log_ratio.shape)}, got {list(t.shape)}")
+    if mask is not None:
+        keep = mask != 0
+        log_ratio = torch.where(keep, log_ratio, 0.0)
+        step_kl = None if step_kl is None else torch.where(keep, step_kl, 0.0)
+    if sampled_from == "old":
+        return (-log_ratio if step_kl is None else step_kl).sum(-1)
+    x = log_ratio.detach()
+    if step_kl is None:
+        return (x + _to_go(x) * (log_ratio - x)).sum(-1)
+    later = _to_go(step_kl.detach()) - step_kl.detach()
+    return (step_kl + later * (log_ratio - x)).sum(-1)
+
+
+def _to_go(x: Tensor) -> Tensor:
+    """Σ_{s≥t} x_s along the last dimension."""
+    return x.flip(-1).cumsum(-1).flip(-1)
+
+
+# --- exact forms ------------------------------------------------------------------------------------------------------
+
+
+def categorical(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """KL(p‖q) of two categorical distributions: never negative, 0 at equality, accurate however close p and q are.
+
+    Σ p φ(log q - log p) with φ(x) = eˣ - 1 - x: the same as Σ p log(p/q), because Σ q - Σ p = 0, but no two large terms
+    cancel.
+
+    Args:
+        logits_p: Unnormalised log-probabilities; -inf for what cannot happen. [..., C].
+        logits_q: [..., C]. The KL is infinite where q cannot do what p can.
+
+    Returns:
+        [...], in nats, with gradients for both.
+    """
+    log_p, log_q = torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)
+    possible = log_p > -torch.inf
+    d = torch.where(possible, log_q - torch.where(possible, log_p, 0.0), 0.0)  # no -inf - -inf, whose gradient is NaN
+    p, q = log_p.exp(), log_q.exp()
+    near = d.abs() < 0.5
+    term = torch.where(near, p * expm1_minus(torch.where(near, d, 0.0)), (q - p) - p * d)
+    return torch.where(possible, term, q).sum(-1)
+
+
+def multi_categorical(logits_p: Tensor, logits_q: Tensor, sizes: list[int]) -> Tensor:
+    """KL(p‖q) of independent categorical distributions side by side: the sum of theirs.
+
+    Args:
+        logits_p: The distributions' logits one after the other. [..., Σ sizes].
+        logits_q: [..., Σ sizes].
+        sizes: The number of categories of each, as ``MultiDiscrete.nvec``.
+
+    Returns:
+        [...], in nats.
+
+    Raises:
+        ValueError: The sizes do not add up.
+    """
+    sizes = [int(n) for n in sizes]
+    for name, logits in (("logits_p", logits_p), ("logits_q", logits_q)):
+        if logits.shape[-1] != sum(sizes):
+            raise ValueError(
+                f"{name} must have {sum(sizes)} = sum of sizes in its last dimension, got {logits.shape[-1]}"
+            )
+    parts = zip(logits_p.split(sizes, -1), logits_q.split(sizes, -1), strict=True)
+    return sum(categorical(p, q) for p, q in parts)
+
+
+def _k3(x: Tensor) -> Tensor:
+    """eˣ - 1 - x; the exponential is clamped, the logarithm is not: an outlier stays visible."""
+    clamped = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return expm1_minus(clamped) + (clamped - x)
+
+
+def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,306 @@
+"""pyfast_ppo.kl by quadrature: expectations over the actions are sums over nodes, to 1e-9, with no sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+
+from pyfast_ppo import kl
+
+NODES, WEIGHTS = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(180))
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
+
+# (mean, log std) of the new policy; the old one is N(0.3, 0.8²)
+OLD = (0.3, math.log(0.8))
+SHIFT, SHRINK, GROW = (0.5, OLD[1]), (0.3, OLD[1] - 0.2), (0.35, OLD[1] + 0.15)
+PAIRS = pytest.mark.parametrize("new", [SHIFT, SHRINK, GROW], ids=["shift", "shrink", "grow"])
+
+EXACT_LOSSES = [
+    ("old_new", "old", "k1"),
+    ("old_new", "old", "k3"),
+    ("new_old", "old", "k1"),
+    ("new_old", "old", "k2"),
+    ("new_old", "old", "k3"),
+    ("new_old", "new", "k1"),
+    ("new_old", "new", "k2"),
+    ("new_old", "new", "k3"),
+    ("old_new", "new", "k1"),
+    ("old_new", "new", "k3"),
+]
+
+
+def log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    z = (actions - mean) / log_std.exp()
+    return -0.5 * z * z - log_std - 0.5 * math.log(2.0 * math.pi)
+
+
+def parameters(values: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    return tuple(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in values)
+
+
+def log_ratio_at_nodes(new: tuple[Tensor, Tensor], sampled_from: str) -> Tensor:
+    """ℓ at the quadrature's nodes of the sampled policy; the actions have no gradient, as sampled ones have none."""
+    old = tuple(torch.tensor(v, dtype=torch.float64) for v in OLD)
+    mean, log_std = old if sampled_from == "old" else (t.detach() for t in new)
+    actions = mean + log_std.exp() * NODES
+    return log_prob(actions, *new) - log_prob(actions, *old)
+
+
+def exact(new: tuple[Tensor, Tensor], direction: str) -> Tensor:
+    old = tuple(torch.tensor(v, dtype=torch.float64) for v in OLD)
+    (mean_p, log_p), (mean_q, log_q) = (old, new) if direction == "old_new" else (new, old)
+    return (log_q - log_p) + 0.5 * (((log_p - log_q) * 2.0).exp() + ((mean_p - mean_q) / log_q.exp()) ** 2 - 1.0)
+
+
+def gradient(function: Callable[[tuple[Tensor, Tensor]], Tensor], new: tuple[float, float]) -> Tensor:
+    leaves = parameters(new)
+    return torch.stack(torch.autograd.grad(function(leaves), leaves))
+
+
+def mean_of_loss(direction: str, sampled_from: str, form: str) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    return lambda new: (WEIGHTS * kl.loss(log_ratio_at_nodes(new, sampled_from), direction, sampled_from, form)).sum()
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@PAIRS
+@pytest.mark.parametrize("sampled_from", ["old", "new"])
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_unbiased_values(new: tuple[float, float], sampled_from: str, estimator: str) -> None:
+    leaves = parameters(new)
+    log_ratio = log_ratio_at_nodes(leaves, sampled_from)
+    want = exact(leaves, "old_new" if sampled_from == "old" else "new_old")
+    got = (WEIGHTS * kl.estimate(log_ratio, estimator, sampled_from)).sum()
+    torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-12)
+
+
+@PAIRS
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0, 1.7])
+def test_every_fixed_control_variate_is_unbiased(new: tuple[float, float], weight: float) -> None:
+    leaves = parameters(new)
+    got = (WEIGHTS * kl.control_variate(log_ratio_at_nodes(leaves, "old"), "old", weight)).sum()
+    torch.testing.assert_close(got, exact(leaves, "old_new").detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_known_moments_of_a_shift_of_the_mean() -> None:
+    """K nats: k2 has the mean K + K²/2; Var k1 = 2K, Var k3 = e^{2K} - 1 - 2K; c* = 2K / (e^{2K} - 1)."""
+    leaves = parameters((OLD[0] + 0.5 * math.exp(OLD[1]), OLD[1]))
+    k = 0.125
+    log_ratio = log_ratio_at_nodes(leaves, "old").detach()
+
+    def moments(x: Tensor) -> tuple[float, float]:
+        mean = (WEIGHTS * x).sum()
+        return mean.item(), (WEIGHTS * (x - mean) ** 2).sum().item()
+
+    assert moments(kl.estimate(log_ratio, "k2"))[0] == pytest.approx(k + k * k / 2, rel=1e-9)
+    assert moments(kl.estimate(log_ratio, "k1")) == pytest.approx((k, 2 * k), rel=1e-9)
+    assert moments(kl.estimate(log_ratio, "k3")) == pytest.approx((k, math.expm1(2 * k) - 2 * k), rel=1e-9)
+    best = 2 * k / math.expm1(2 * k)
+    least = moments(kl.control_variate(log_ratio, weight=best))[1]
+    for other in (best - 0.05, best + 0.05, 0.0, 1.0):
+        assert moments(kl.control_variate(log_ratio, weight=other))[1] > least
+
+
+def test_best_weight_is_found_without_bias() -> None:
+    """The weight of each sample comes from the others. Over 4,000 sets of 8 samples the mean is the KL, within 4σ."""
+    g = torch.Generator().manual_seed(0)
+    k = 0.5  # mean shift by one std
+    sets = []
+    for _ in range(4000):
+        z = torch.randn(8, generator=g, dtype=torch.float64)
+        sets.append(kl.control_variate(z - 0.5).mean())
+    sets = torch.stack(sets)
+    assert abs(sets.mean() - k) < 4 * sets.std() / len(sets) ** 0.5
+    many = torch.randn(20_000, generator=g, dtype=torch.float64) - 0.5
+    spread = kl.control_variate(many).std()
+    assert spread < 0.98 * kl.estimate(many, "k3").std()
+    assert spread < 0.98 * kl.estimate(many, "k1").std()
+
+
+@pytest.mark.parametrize("sampled_from", ["old", "new"])
+def test_k3_is_accurate_near_zero(sampled_from: str) -> None:
+    """In float32, relative to itself: e^x - 1 - x is no difference of near-equal numbers."""
+    log_ratio = torch.tensor([0.0, 1e-6, -1e-4, 1e-2, -0.3, 0.7, 3.0])
+    got = kl.estimate(log_ratio, "k3", sampled_from)
+    for one, x in zip(got.tolist(), log_ratio.tolist(), strict=True):
+        with mpmath.workdps(50):
+            x = mpmath.mpf(x if sampled_from == "old" else -x)
+            assert abs(one - float(mpmath.expm1(x) - x)) <= 1e-6 * abs(one)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@PAIRS
+@pytest.mark.parametrize("case", EXACT_LOSSES, ids=" ".join)
+def test_exact_gradients(new: tuple[float, float], case: tuple[str, str, str]) -> None:
+    got = gradient(mean_of_loss(*case), new)
+    torch.testing.assert_close(got, gradient(lambda t: exact(t, case[0]), new), rtol=1e-9, atol=1e-11)
+
+
+@PAIRS
+def test_gradients_of_the_claims_often_made(new: tuple[float, float]) -> None:
+    """Old samples: ½ℓ² has neither gradient; k3 plus ℓ ∇log π has not that of F. New samples: plain k1 has none."""
+    f, r = (gradient(lambda t, d=d: exact(t, d), new) for d in ("old_new", "new_old"))
+
+    def plain(function: Callable[[Tensor], Tensor], sampled_from: str) -> Tensor:
+        return gradient(lambda t: (WEIGHTS * function(log_ratio_at_nodes(t, sampled_from))).sum(), new)
+
+    k2 = plain(lambda x: 0.5 * x * x, "old")
+    assert (k2 - f).norm() > 0.01 * f.norm()
+    assert (k2 - r).norm() > 0.01 * r.norm()
+    advice = plain(lambda x: torch.expm1(x) - x + x.detach() * x, "old")
+    assert (advice - f).norm() > 0.5 * f.norm()
+    assert plain(lambda x: x, "new").norm() < 1e-10
+    # k3 of new samples has the gradient of the other direction
+    torch.testing.assert_close(plain(lambda x: torch.expm1(-x) + x, "new"), f, rtol=1e-9, atol=1e-11)
+
+
+def test_the_advice_is_about_twice_the_gradient_for_small_steps() -> None:
+    new = (OLD[0] + 0.01, OLD[1])
+    f = gradient(lambda t: exact(t, "old_new"), new)
+    advice = gradient(
+        lambda t: (WEIGHTS * (lambda x: torch.expm1(x) - x + x.detach() * x)(log_ratio_at_nodes(t, "old"))).sum(), new
+    )
+    assert float(advice[0] / f[0]) == pytest.approx(2.0, abs=0.01)
+
+
+@pytest.mark.parametrize("case", EXACT_LOSSES, ids=" ".join)
+def test_outliers_stay_finite(case: tuple[str, str, str]) -> None:
+    log_ratio = torch.tensor([-100.0, 0.0, 100.0], requires_grad=True)
+    value = kl.loss(log_ratio, *case)
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(log_ratio.grad).all()
+
+
+# --- sequences --------------------------------------------------------------------------------------------------------
+
+# Two steps with two actions each. The second step's state is the first's action; the policies are tables of logits.
+OLD_LOGITS = torch.tensor([[0.3, -0.2], [0.1, 0.5], [-0.4, 0.2]], dtype=torch.float64)
+NEW_LOGITS = OLD_LOGITS + torch.tensor([[0.4, 0.0], [-0.3, 0.2], [0.1, -0.5]], dtype=torch.float64)
+PATHS = [(a, b) for a in range(2) for b in range(2)]
+
+
+def paths_under(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probabilities of the steps [4, 2], the state of each step [4, 2])."""
+    log_p = torch.log_softmax(logits, -1)
+    states = torch.tensor([(0, 1 + a) for a, _ in PATHS])
+    actions = torch.tensor(PATHS)
+    return log_p[states, actions], states
+
+
+def sequence_kl(p: Tensor, q: Tensor) -> Tensor:
+    log_p, log_q = paths_under(p)[0].sum(-1), paths_under(q)[0].sum(-1)
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+@pytest.mark.parametrize("sampled_from", ["old", "new"])
+@pytest.mark.parametrize("with_step_kl", [False, True])
+def test_sequences_by_enumeration(sampled_from: str, with_step_kl: bool) -> None:
+    """All four sequences with their probabilities: value and gradient of the KL of whole sequences."""
+    direction = "old_new" if sampled_from == "old" else "new_old"
+    new = NEW_LOGITS.clone().requires_grad_()
+    pair = (OLD_LOGITS, new) if direction == "old_new" else (new, OLD_LOGITS)
+    want = sequence_kl(*pair)
+    (want_grad,) = torch.autograd.grad(want, new)
+    new_steps, states = paths_under(new)
+    old_steps, _ = paths_under(OLD_LOGITS)
+    weights = (old_steps if sampled_from == "old" else new_steps.detach()).sum(-1).exp()
+    step_kl = kl.categorical(*pair)[states] if with_step_kl else None
+    term = kl.sequence_loss(new_steps - old_steps, direction, sampled_from, step_kl=step_kl)
+    got = (weights * term).sum()
+    (grad,) = torch.autograd.grad(got, new)
+    torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-10, atol=1e-13)
+
+
+def test_padding_does_not_matter() -> None:
+    g = torch.Generator().manual_seed(1)
+    log_ratio, step_kl = torch.randn(2, 5, 7, generator=g, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([7, 1, 3, 5, 2])[:, None]
+    for options in ({}, {"step_kl": step_kl}):
+        results = []
+        for padding in (0.0, float("nan"), 1e30):
+            x = torch.where(mask, log_ratio, padding).requires_grad_()
+            filled = {name: torch.where(mask, t, padding) for name, t in options.items()}
+            value = kl.sequence_loss(x, mask=mask, **filled)
+            value.sum().backward()
+            assert not x.grad[~mask].any()
+            results.append((value.detach(), x.grad[mask]))
+        for got, want in zip(results[1:], results[:1] * 2, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# --- exact forms ------------------------------------------------------------------------------------------------------
+
+
+def test_categorical() -> None:
+    """Against torch.distributions in float64, with its gradients; with categories that cannot happen."""
+    g = torch.Generator().manual_seed(2)
+    p, q = (torch.randn(50, 6, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
+    got, want = kl.categorical(p, q), kl_divergence(Categorical(logits=p), Categorical(logits=q))
+    torch.testing.assert_close(got, want)
+    for one, other in zip(torch.autograd.grad(got.sum(), (p, q)), torch.autograd.grad(want.sum(), (p, q)), strict=True):
+        torch.testing.assert_close(one, other)
+    impossible = p.detach().clone()
+    impossible[:, 2] = -torch.inf
+    impossible.requires_grad_()
+    got = kl.categorical(impossible, q)
+    torch.testing.assert_close(got, kl_divergence(Categorical(logits=impossible), Categorical(logits=q)).detach())
+    got.sum().backward()
+    assert torch.isfinite(impossible.grad).all()
+    assert torch.isinf(kl.categorical(q, impossible)).all()
+
+
+@pytest.mark.parametrize("step", [1e-6, 1e-4, 1e-2, 1.0])
+def test_categorical_is_accurate_near_zero(step: float) -> None:
+    """In float32: relative to the KL itself; the usual form loses all digits and goes negative."""
+    g = torch.Generator().manual_seed(3)
+    p = torch.randn(20, 5, generator=g)
+    q = p + step * torch.randn(20, 5, generator=g)
+    got = kl.categorical(p, q)
+    assert (got >= 0.0).all()
+    assert not kl.categorical(p, p).any()
+    want = kl_divergence(Categorical(logits=p.double()), Categorical(logits=q.double()))
+    # the logits' own rounding, 1e-7, times the step is what float32 cannot know
+    assert ((got - want).abs() <= 1e-5 * want + 3e-7 * step).all()
+
+
+def test_multi_categorical() -> None:
+    g = torch.Generator().manual_seed(4)
+    p, q = torch.randn(2, 9, 7, generator=g, dtype=torch.float64)
+    got = kl.multi_categorical(p, q, [3, 4])
+    torch.testing.assert_close(got, kl.categorical(p[:, :3], q[:, :3]) + kl.categorical(p[:, 3:], q[:, 3:]))
+
+
+# --- wrong arguments --------------------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_named() -> None:
+    x = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"^estimator must be one of 'k1', 'k2', 'k3', got 'k4'"):
+        kl.estimate(x, "k4")
+    with pytest.raises(ValueError, match=r"^sampled_from must be one of 'old', 'new', got 'both'"):
+        kl.estimate(x, "k1", "both")
+    with pytest.raises(ValueError, match=r"^direction must be one of"):
+        kl.loss(x, "forward")
+    for sampled_from in ("old", "new"):
+        with pytest.raises(ValueError, match=r"^form 'k2' has not the gradient of KL\(old‖new\)"):
+            kl.loss(x, "old_new", sampled_from, "k2")
+    with pytest.raises(ValueError, match="products of ratios"):
+        kl.sequence_loss(x, "new_old", "old")
+    with pytest.raises(ValueError, match=r"^mask must have the shape \[4\], got \[3\]"):
+        kl.sequence_loss(x, mask=torch.ones(3))
+    with pytest.raises(ValueError, match="at least 3 samples"):
+        kl.control_variate(x[:2])
+    with pytest.raises(ValueError, match=r"^logits_p must have 5 = sum of sizes in its last dimension, got 4"):
+        kl.multi_categorical(x, x, [2, 3])
