@@ -35,3 +35,60 @@ class RslRlSchedule:
         lowered = torch.clamp(lr / self.factor, min=self.min_rate)
         raised = torch.clamp(lr * self.factor, max=self.max_rate) if step_taken else lr
         return torch.where(kl > self.desired_kl * 2.0, lowered, torch.where(kl < self.desired_kl / 2.0, raised, lr))
+
+
+class ProportionalSchedule:
+    """A learning rate that moves with the square root of desired_kl / kl, once per update.
+
+    The KL of a small step grows with the square of its length, so this is the factor that would have met the target,
+    within ``factor`` either way. It is decided after an update, from the KL of its last epoch: not rsl_rl's behaviour
+    at the same ``desired_kl``. A KL that is not finite lowers the rate by ``factor``.
+    """
+
+    def __init__(self, desired_kl: float, min_rate: float = 1e-5, max_rate: float = 1e-2, factor: float = 1.5) -> None:
+        if not desired_kl > 0.0:
+            raise ValueError(f"desired_kl must be positive, got {desired_kl}")
+        if not factor > 1.0:
+            raise ValueError(f"factor must be greater than 1, got {factor}")
+        self.desired_kl = desired_kl
+        self.min_rate = min_rate
+        self.max_rate = max_rate
+        self.factor = factor
+
+    def update(self, kl: Tensor, lr: Tensor) -> Tensor:
+        """The rate for the next update.
+
+        Args:
+            kl: Mean KL(old‖new) over the last epoch of the update, in nats. 0-dim.
+            lr: The present rate. 0-dim float64, on the same device.
+        """
+        change = torch.sqrt(self.desired_kl / kl.clamp(min=0.0).to(lr.dtype)).clamp(1.0 / self.factor, self.factor)
+        change = torch.where(torch.isfinite(kl), change, 1.0 / self.factor)
+        return torch.clamp(lr * change, self.min_rate, self.max_rate)
+
+
+class AdaptivePenalty:
+    """The coefficient of the KL penalty of PPO (Schulman et al. 2017, section 4), decided once per update.
+
+    kl < desired_kl / 1.5 halves it, kl > 1.5 · desired_kl doubles it. A KL that is not finite doubles it, too: the
+    policy must not be let go because of it. The coefficient stays within [min_coef, max_coef], so that it can always
+    recover.
+    """
+
+    def __init__(self, desired_kl: float, min_coef: float = 1e-6, max_coef: float = 1e6) -> None:
+        if not desired_kl > 0.0:
+            raise ValueError(f"desired_kl must be positive, got {desired_kl}")
+        self.desired_kl = desired_kl
+        self.min_coef = min_coef
+        self.max_coef = max_coef
+
+    def update(self, kl: Tensor, coef: Tensor) -> Tensor:
+        """The coefficient for the next update: pass it to ``ppo_loss`` as ``kl_coef``, where it is read on its device.
+
+        Args:
+            kl: Mean KL over the update, in nats. 0-dim.
+            coef: The present coefficient. 0-dim, on the same device.
+        """
+        doubled = (kl > 1.5 * self.desired_kl) | ~torch.isfinite(kl)
+        change = torch.where(doubled, 2.0, torch.where(kl < self.desired_kl / 1.5, 0.5, 1.0))
+        return torch.clamp(coef * change, self.min_coef, self.max_coef)

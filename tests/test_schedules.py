@@ -1,0 +1,88 @@
+"""The rules that are not rsl_rl's; its own is in tests/rsl_rl/test_schedules.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyfast_ppo.schedules import AdaptivePenalty, ProportionalSchedule
+
+DESIRED = 0.01
+
+
+def number(x: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.tensor(x, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("kl", "change"),
+    [
+        (DESIRED, 1.0),
+        (DESIRED * 1.21, 1 / 1.1),
+        (DESIRED / 1.44, 1.2),
+        (1e9, 1 / 1.5),
+        (0.0, 1.5),
+        (-1e-9, 1.5),
+        (math.inf, 1 / 1.5),
+        (math.nan, 1 / 1.5),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_proportional_rule(kl: float, change: float, dtype: torch.dtype) -> None:
+    got = ProportionalSchedule(DESIRED).update(number(kl, dtype), number(1e-3))
+    assert got.dtype == torch.float64
+    assert got.item() == pytest.approx(1e-3 * change, rel=1e-6)
+
+
+def test_rates_stay_in_their_range() -> None:
+    schedule = ProportionalSchedule(DESIRED, min_rate=1e-4, max_rate=1e-3)
+    assert schedule.update(number(1.0), number(1.1e-4)).item() == 1e-4
+    assert schedule.update(number(1e-9), number(0.9e-3)).item() == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kl", "change"),
+    [(DESIRED, 1.0), (DESIRED * 1.4, 1.0), (DESIRED * 1.6, 2.0), (DESIRED / 1.4, 1.0), (DESIRED / 1.6, 0.5),
+     (0.0, 0.5), (math.inf, 2.0), (math.nan, 2.0)],
+)  # fmt: skip
+def test_adaptive_penalty(kl: float, change: float) -> None:
+    assert AdaptivePenalty(DESIRED).update(number(kl), number(0.25)).item() == 0.25 * change
+
+
+def test_adaptive_penalty_can_always_recover() -> None:
+    rule = AdaptivePenalty(DESIRED, min_coef=0.1, max_coef=10.0)
+    coef = number(1.0)
+    for _ in range(50):
+        coef = rule.update(number(0.0), coef)
+    assert coef.item() == pytest.approx(0.1)
+    for _ in range(50):
+        coef = rule.update(number(1.0), coef)
+    assert coef.item() == 10.0
+
+
+@pytest.mark.parametrize("rule", [ProportionalSchedule(DESIRED), AdaptivePenalty(DESIRED)])
+def test_no_rule_reads_a_number_on_the_host(rule: object) -> None:
+    """On a GPU that would wait for it, and could not be captured."""
+    kl, state = number(0.02), number(1e-3)
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    with Refuse():
+        rule.update(kl, state)
+    with Refuse(), pytest.raises(AssertionError):
+        kl.item()
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^desired_kl must be positive, got 0.0"):
+        ProportionalSchedule(0.0)
+    with pytest.raises(ValueError, match=r"^factor must be greater than 1, got 1.0"):
+        ProportionalSchedule(DESIRED, factor=1.0)
+    with pytest.raises(ValueError, match=r"^desired_kl must be positive, got nan"):
+        AdaptivePenalty(float("nan"))
