@@ -32,7 +32,7 @@ def _load(ptr, first, rows, cols, mask, STRIDE: tl.constexpr, other):
 def _store(ptr, first, rows, cols, mask, gradient, A: tl.constexpr, SHARED: tl.constexpr):
     if SHARED:
         total = tl.sum(tl.where(mask, gradient, 0.0), 0)
-        tl.store(ptr + tl.program_id(0) * A + cols, total, mask=cols < A)
+        tl.store(ptr + tl.program_id(0).to(tl.int64) * A + cols, total, mask=cols < A)
     else:
         at = ptr + first * A + rows[:, None] * A + cols[None, :]
         tl.store(at, gradient.to(ptr.dtype.element_ty), mask=mask)

@@ -30,9 +30,12 @@ NUM_METRICS = tl.constexpr(9)
 NUM_SUMS = tl.constexpr(16)  # rows of ``partials`` before those of the std's columns: the next power of two
 
 
-# Three programs of 128 threads share the 65,536 registers of a multiprocessor. Left to itself, the compiler for sm_80
-# stops at 128 and spills.
-MAX_REGISTERS = 168
+def max_registers(num_warps: int) -> int:
+    """Registers a thread may have on NVIDIA's GPUs: three programs of 128 threads share a multiprocessor's 65,536.
+
+    Left to itself, the compiler for sm_80 stops at 128 and spills.
+    """
+    return min(168, 65536 // (32 * num_warps))
 
 
 def block_shape(num_actions: int) -> dict[str, int]:

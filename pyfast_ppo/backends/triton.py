@@ -25,6 +25,7 @@ FOR_TESTS_ONLY = INTERPRETED
 
 OLDEST = (3, 2)
 MAX_PROGRAMS = 1024
+LONGEST_STRIDE = 2**22  # within a block of rows the kernels count in 32 bits
 PROGRAMS_PER_PROCESSOR = 3  # as many as fit at once: the registers decide
 
 
@@ -81,7 +82,9 @@ class _Scratch:
 _scratch: dict[tuple[torch.device, int], _Scratch] = {}
 
 
-def _scratch_for(device: torch.device, size: int) -> _Scratch:
+def _scratch_for(device: torch.device, size: int, keep: bool) -> _Scratch:
+    if not keep:
+        return _Scratch(device, size)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return _Scratch(device, size)
@@ -106,15 +109,18 @@ def _matrix(t: Tensor) -> tuple[Tensor, int]:
     """[N, A] or one row [A], and its row stride (0: one row for all): rows may be apart, a row's elements may not."""
     if t.dim() == 1:
         return t.contiguous(), 0
-    if t.shape[1] > 1 and t.stride(1) != 1:
+    if (t.shape[1] > 1 and t.stride(1) != 1) or t.stride(0) > LONGEST_STRIDE:
         t = t.contiguous()
     # a stride of 0 means one row for all; a single row may have any
     return (t, t.stride(0)) if t.stride(0) > 0 else (t.contiguous(), t.shape[1])
 
 
 def _on_nvidia(**options: int) -> dict[str, int]:
-    """Launch options that other GPUs' compilers do not know."""
-    return options if torch.version.cuda and not INTERPRETED else {}
+    """Launch options that other GPUs' compilers do not know.
+
+    Fused multiply-adds are asked for by name: their default changes with Triton's version, and with it the bits.
+    """
+    return {"enable_fp_fusion": True, **options} if torch.version.cuda and not INTERPRETED else {}
 
 
 def _contiguous_grad(t: Tensor) -> Tensor:
@@ -142,6 +148,7 @@ def ppo_loss(
     use_clipped_value_loss: bool,
     kl_new_old: bool,
     num_original: int,
+    keep_scratch: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(metrics, grad_mean, grad_std, grad_values)."""
     kernels = _kernels("ppo_loss")
@@ -150,7 +157,7 @@ def ppo_loss(
     shape = kernels.block_shape(num_actions)
     tiles = -(-num_rows // shape["BLOCK_N"])
     max_programs = min(MAX_PROGRAMS, PROGRAMS_PER_PROCESSOR * _num_processors(device))
-    scratch = _scratch_for(device, (kernels.NUM_SUMS.value + num_actions) * max_programs)
+    scratch = _scratch_for(device, (kernels.NUM_SUMS.value + num_actions) * max_programs, keep_scratch)
     metrics = torch.empty(len(METRICS), dtype=torch.float32, device=device)
     grads = _contiguous_grad(mean), _contiguous_grad(std), _contiguous_grad(values)
     matrices = [_matrix(t) for t in (mean, std, actions, old_mean, old_std)]
@@ -189,9 +196,14 @@ def ppo_loss(
             CLIP_VALUE=use_clipped_value_loss,
             KL_NEW_OLD=kl_new_old,
             **shape,
-            **_on_nvidia(maxnreg=kernels.MAX_REGISTERS),
+            **_on_nvidia(maxnreg=kernels.max_registers(shape["num_warps"])),
         )
     return metrics, *grads
+
+
+# torch.compile may call the operator while it prepares a CUDA graph of its own: what is allocated then belongs to that
+# graph's memory and must not be kept for other calls.
+ppo_loss_for_compile = functools.partial(ppo_loss, keep_scratch=False)
 
 
 def gae(
@@ -221,11 +233,18 @@ def gae(
             last_values.stride(0),
             HAS_TIME_OUTS=time_outs is not None, HAS_FINAL_VALUES=final_values is not None, NORMALIZE=normalize,
             BLOCK_T=kernels.block_t(num_steps), BLOCK_E=kernels.BLOCK_E, num_warps=kernels.NUM_WARPS,
+            **_on_nvidia(),
         )  # fmt: skip
         if normalize:
             blocks = -(-advantages.numel() // kernels.NORMALIZE_BLOCK)
             kernels.normalize_kernel[(blocks,)](
-                advantages, moments, programs, advantages.numel(), BLOCK=kernels.NORMALIZE_BLOCK, BLOCK_M=128
+                advantages,
+                moments,
+                programs,
+                advantages.numel(),
+                BLOCK=kernels.NORMALIZE_BLOCK,
+                BLOCK_M=128,
+                **_on_nvidia(),
             )
     return advantages, returns
 
@@ -281,6 +300,7 @@ def _launch(kernel: str, leading: tuple[Tensor, ...], inputs: dict[str, Tensor],
             A=num_actions,
             **{f"{key}_STRIDE": stride for key, (_, stride) in matrices.items()},
             **shape,
+            **_on_nvidia(),
         )
 
 

@@ -340,7 +340,8 @@ def _op(*args):
     pairs = inputs[_NUM_TENSORS:]
     coefficients = [pairs[i + 1] if pairs[i] is None else pairs[i] for i in range(0, len(pairs), 2)]
     run = _select(backend, inputs)
-    outputs = run.ppo_loss(*inputs[:_NUM_TENSORS], *coefficients, use_clipped_value_loss, kl_new_old, num_original)
+    ppo_loss = getattr(run, "ppo_loss_for_compile", run.ppo_loss)
+    outputs = ppo_loss(*inputs[:_NUM_TENSORS], *coefficients, use_clipped_value_loss, kl_new_old, num_original)
     return outputs[0][0].clone(), *outputs
 
 

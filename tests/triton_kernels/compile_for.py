@@ -78,9 +78,9 @@ def compiled(function, constants: dict, warps: int, types: dict[str, str], capab
         else:
             signature[name] = "i32" if name in INT_ARGUMENTS or "_stride" in name else "fp32"
     by_place = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": warps}
+    options = {"num_warps": warps, "enable_fp_fusion": True}
     if function is _kernels("ppo_loss").ppo_loss_kernel:
-        options["maxnreg"] = _kernels("ppo_loss").MAX_REGISTERS
+        options["maxnreg"] = _kernels("ppo_loss").max_registers(warps)
     source = ASTSource(fn=function, signature=signature, constexprs=by_place, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -119,6 +119,7 @@ def cases(capability: int) -> dict[str, tuple]:
     """Every kernel; for one GPU also every branch and dtype."""
     found = {f"ppo_loss A={a}": ppo_loss(a) for a in (1, 12, 19, 29, 32, 37, 256)}
     found["gae T=24"] = gae(24)
+    found["gae T=1"] = gae(1)
     found["normalize"] = normalize()
     if capability == 90:
         for std, old_std in (("[A]", "[A]"), ("[N, A]", "[A]"), ("[N, A]", "[N, A]")):
