@@ -21,7 +21,7 @@ step() {  # name, seconds at most, command
 export TRITON_DEFAULT_FP_FUSION=1
 step build 300 python3 -m pip install -q --no-build-isolation --no-deps .
 step doctor 60 python3 -m pyfast_ppo doctor
-step tests 400 python3 -m pytest -q -x --maxfail=20 tests/ops tests/triton_kernels -k "triton or cuda"
+step tests 400 python3 -m pytest -q --maxfail=20 tests/ops tests/triton_kernels -k "triton or cuda"
 for tool in memcheck racecheck; do
   step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
 done
