@@ -22,20 +22,11 @@ from .math import (
     reciprocal_or_nan,
 )
 
-# The metrics' places. Where the loss will be, ``partials`` have the sum of the rows' coefficients.
-LOSS, COEFFICIENT = tl.constexpr(0), tl.constexpr(0)
-SURROGATE, VALUE_LOSS, ENTROPY, KL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+# The metrics' places, in ``partials`` as in the result
+LOSS, SURROGATE, VALUE_LOSS, ENTROPY, KL = (tl.constexpr(i) for i in range(5))
 APPROX_KL, CLIP_FRACTION, MAX_RATIO, NONFINITE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 NUM_METRICS = tl.constexpr(9)
 NUM_SUMS = tl.constexpr(16)  # rows of ``partials`` before those of the std's columns: the next power of two
-
-
-def max_registers(num_warps: int) -> int:
-    """Registers a thread may have on NVIDIA's GPUs: three programs of 128 threads share a multiprocessor's 65,536.
-
-    Left to itself, the compiler for sm_80 stops at 128 and spills.
-    """
-    return min(168, 65536 // (32 * num_warps))
 
 
 def block_shape(num_actions: int) -> dict[str, int]:
@@ -184,7 +175,6 @@ def ppo_loss_kernel(
     approx_kl_sum = tl.zeros([BLOCK_N], tl.float32)
     outside_sum = tl.zeros([BLOCK_N], tl.float32)
     nonfinite_sum = tl.zeros([BLOCK_N], tl.float32)
-    coefficient_sum = tl.zeros([BLOCK_N], tl.float32)
     max_ratio = tl.zeros([BLOCK_N], tl.float32)
     if STD_STRIDE == 0:
         d_log_std_sum = tl.zeros([BLOCK_N, BLOCK_A], tl.float32)
@@ -267,7 +257,6 @@ def ppo_loss_kernel(
         approx_kl_sum += tl.where(in_rows, approx_kl, 0.0)
         outside_sum += tl.where(in_rows, outside, 0.0)
         nonfinite_sum += tl.where(in_rows & (finite == 0), 1.0, 0.0)
-        coefficient_sum += coefficient
         max_ratio = tl.where(in_rows & (ratio > max_ratio), ratio, max_ratio)
 
         # --- the gradients: one element each
@@ -277,18 +266,18 @@ def ppo_loss_kernel(
         kl_d_mean = tl.where(kl_weight != 0.0, tl.where(kl_mask, kl_weight * kl_d_mean, 0.0), 0.0)
         kl_d_log_std = tl.where(kl_weight != 0.0, tl.where(kl_mask, kl_weight * kl_d_log_std, 0.0), 0.0)
         grad_mean = inv_std * weighted + kl_d_mean
-        d_log_std = weighted * z + kl_d_log_std
+        d_log_std = (weighted * z - coefficient[:, None]) + kl_d_log_std
         offsets = first * A + rows[:, None] * A + cols[None, :]
         tl.store(grad_mean_ptr + offsets, grad_mean.to(grad_mean_ptr.dtype.element_ty), mask=mask)
         if STD_STRIDE == 0:
             d_log_std_sum += tl.where(mask, d_log_std, 0.0)
         else:
             entropy_weight = tl.where(original, entropy_coef * original_weight, 0.0)
-            grad_std = (d_log_std - coefficient[:, None] - entropy_weight[:, None]) * inv_std
+            grad_std = (d_log_std - entropy_weight[:, None]) * inv_std
             tl.store(grad_std_ptr + offsets, grad_std.to(grad_std_ptr.dtype.element_ty), mask=mask)
 
     # --- this program's sums
-    table = _as_column(coefficient_sum, COEFFICIENT) + _as_column(surrogate_sum, SURROGATE)
+    table = _as_column(surrogate_sum, SURROGATE)
     table += _as_column(value_sum, VALUE_LOSS) + _as_column(log_std_sum, ENTROPY)
     table += _as_column(kl_sum, KL) + _as_column(approx_kl_sum, APPROX_KL)
     table += _as_column(outside_sum, CLIP_FRACTION) + _as_column(nonfinite_sum, NONFINITE)
@@ -348,6 +337,6 @@ def _finish(
             mask = (cols[:, None] < A) & (start + column_programs[None, :] < num_programs)
             total += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
         std = tl.load(std_ptr + cols, mask=cols < A, other=1.0).to(tl.float64)
-        grad_std = (tl.sum(total, 1) - _entry(sums, COEFFICIENT) - entropy_coef) / std
+        grad_std = (tl.sum(total, 1) - entropy_coef) / std
         grad_std = grad_std.to(tl.float32).to(grad_std_ptr.dtype.element_ty)
         tl.store(grad_std_ptr + cols, grad_std, mask=cols < A)

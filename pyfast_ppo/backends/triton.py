@@ -115,12 +115,9 @@ def _matrix(t: Tensor) -> tuple[Tensor, int]:
     return (t, t.stride(0)) if t.stride(0) > 0 else (t.contiguous(), t.shape[1])
 
 
-def _on_nvidia(**options: int) -> dict[str, int]:
-    """Launch options that other GPUs' compilers do not know.
-
-    Fused multiply-adds are asked for by name: their default changes with Triton's version, and with it the bits.
-    """
-    return {"enable_fp_fusion": True, **options} if torch.version.cuda and not INTERPRETED else {}
+def _options() -> dict[str, bool]:
+    """Fused multiply-adds by name: their default changes with Triton's version, and with it the bits."""
+    return {} if INTERPRETED else {"enable_fp_fusion": True}
 
 
 def _contiguous_grad(t: Tensor) -> Tensor:
@@ -196,7 +193,7 @@ def ppo_loss(
             CLIP_VALUE=use_clipped_value_loss,
             KL_NEW_OLD=kl_new_old,
             **shape,
-            **_on_nvidia(maxnreg=kernels.max_registers(shape["num_warps"])),
+            **_options(),
         )
     return metrics, *grads
 
@@ -233,7 +230,7 @@ def gae(
             last_values.stride(0),
             HAS_TIME_OUTS=time_outs is not None, HAS_FINAL_VALUES=final_values is not None, NORMALIZE=normalize,
             BLOCK_T=kernels.block_t(num_steps), BLOCK_E=kernels.BLOCK_E, num_warps=kernels.NUM_WARPS,
-            **_on_nvidia(),
+            **_options(),
         )  # fmt: skip
         if normalize:
             blocks = -(-advantages.numel() // kernels.NORMALIZE_BLOCK)
@@ -244,7 +241,7 @@ def gae(
                 advantages.numel(),
                 BLOCK=kernels.NORMALIZE_BLOCK,
                 BLOCK_M=128,
-                **_on_nvidia(),
+                **_options(),
             )
     return advantages, returns
 
@@ -300,7 +297,7 @@ def _launch(kernel: str, leading: tuple[Tensor, ...], inputs: dict[str, Tensor],
             A=num_actions,
             **{f"{key}_STRIDE": stride for key, (_, stride) in matrices.items()},
             **shape,
-            **_on_nvidia(),
+            **_options(),
         )
 
 

@@ -79,8 +79,6 @@ def compiled(function, constants: dict, warps: int, types: dict[str, str], capab
             signature[name] = "i32" if name in INT_ARGUMENTS or "_stride" in name else "fp32"
     by_place = {(function.arg_names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": warps, "enable_fp_fusion": True}
-    if function is _kernels("ppo_loss").ppo_loss_kernel:
-        options["maxnreg"] = _kernels("ppo_loss").max_registers(warps)
     source = ASTSource(fn=function, signature=signature, constexprs=by_place, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
