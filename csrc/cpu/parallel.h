@@ -28,7 +28,8 @@ const char* threading_name();
 template <class T, class Task>
 void for_each_task(int64_t tasks, int num_threads, int64_t scratch_size, const Task& task) {
   const int threads = tasks < num_threads ? static_cast<int>(tasks) : num_threads;
-  const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(threads * scratch_size)]);  // no zeros: tasks write first
+  const std::unique_ptr<T[]> scratch(
+      new T[static_cast<size_t>(threads * scratch_size)]);  // no zeros: tasks write first
   std::atomic<int64_t> next_task{0};
   std::atomic<int64_t> next_slot{0};
   run_on_threads(threads, [&] {
