@@ -83,14 +83,10 @@ _scratch: dict[tuple[torch.device, int], _Scratch] = {}
 
 
 def _scratch_for(device: torch.device, size: int, keep: bool) -> _Scratch:
-    if not keep:
+    on_gpu = device.type == "cuda"
+    if not keep or (on_gpu and torch.cuda.is_current_stream_capturing()):
         return _Scratch(device, size)
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return _Scratch(device, size)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    else:
-        stream = 0
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
     scratch = _scratch.get((device, stream))
     if scratch is None or scratch.partials.numel() < size:
         scratch = _scratch[device, stream] = _Scratch(device, size)
