@@ -1,21 +1,8 @@
-// Generalised advantage estimation over [T, E], environments side by side.
 #pragma once
 
-#include "tensor.h"
+#include "../gae.h"
 
 namespace pyfast_ppo {
-
-struct GaeArgs {
-  int64_t num_steps;            // T
-  int64_t num_envs;             // E
-  View rewards, values, dones;  // [T, E]
-  View last_values;             // [E], as one row
-  View time_outs;               // [T, E], data null: there are none
-  View final_values;            // [T, E], data null: values stand in for them
-  double gamma, lam;
-  bool normalize;
-  void *advantages, *returns;  // [T, E], contiguous, of the arithmetic's type
-};
 
 // Arithmetic in double if any tensor is float64, else in float. The same arguments give the same bits for any
 // num_threads.

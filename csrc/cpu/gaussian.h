@@ -1,7 +1,7 @@
 // Log-probability, entropy and KL of diagonal Gaussians, row by row, and their gradients.
 #pragma once
 
-#include "tensor.h"
+#include "../tensor.h"
 
 namespace pyfast_ppo {
 

@@ -20,10 +20,10 @@ struct GaussianTile {
     repeat_each(read_rows(call.grad, row, rows, 1, array(scratch)), rows, call.shape.num_actions, array(i));
     return array(i);
   }
-  void write_row_sums(const T* terms, T sign, T constant, int scratch) const {
+  void write_row_sums(const T* terms, T constant, int scratch) const {
     T* sums = array(scratch);
     sum_each_row(terms, rows, call.shape.num_actions, sums);
-    for (int64_t r = 0; r < rows; ++r) sums[r] = sign * sums[r] + constant;
+    for (int64_t r = 0; r < rows; ++r) sums[r] += constant;
     write_back(call.out[0], row, rows, sums);
   }
   // A gradient [N, A], or this tile's share of the sum over rows for a shared std.
@@ -46,10 +46,9 @@ void gaussian_log_prob_tile(const GaussianCall& call, int64_t index, T* memory) 
   const T *actions = tile.read(call.in[0], 0), *mean = tile.read(call.in[1], 1), *std = tile.read(call.in[2], 2);
   T* terms = tile.array(3);
   for (int64_t i = 0; i < tile.n; ++i) {
-    const T z = standardized(actions[i], mean[i], reciprocal_or_nan(std[i]));
-    terms[i] = T(0.5) * z * z + log_or_nan(std[i]);
+    terms[i] = log_prob_terms(actions[i], mean[i], std[i]).value;
   }
-  tile.write_row_sums(terms, T(-1), static_cast<T>(-kHalfLog2Pi * static_cast<double>(call.shape.num_actions)), 4);
+  tile.write_row_sums(terms, static_cast<T>(-kHalfLog2Pi * static_cast<double>(call.shape.num_actions)), 4);
 }
 
 template <class T>
@@ -59,10 +58,9 @@ void gaussian_log_prob_backward_tile(const GaussianCall& call, int64_t index, T*
   const T* grad = tile.read_grad(3, 4);
   T *grad_mean = tile.array(4), *grad_std = tile.array(5);
   for (int64_t i = 0; i < tile.n; ++i) {
-    const T inv_std = reciprocal_or_nan(std[i]);
-    const T z = standardized(actions[i], mean[i], inv_std);
-    grad_mean[i] = grad[i] * z * inv_std;
-    grad_std[i] = grad[i] * (z * z - T(1)) * inv_std;
+    const LogProbTerms<T> terms = log_prob_terms(actions[i], mean[i], std[i]);
+    grad_mean[i] = grad[i] * terms.d_mean;
+    grad_std[i] = grad[i] * terms.d_std;
   }
   tile.write_gradient(grad_mean, 0);
   tile.write_gradient(grad_std, 1);
@@ -74,7 +72,7 @@ void gaussian_entropy_tile(const GaussianCall& call, int64_t index, T* memory) {
   const T* std = tile.read(call.in[0], 0);
   T* terms = tile.array(1);
   for (int64_t i = 0; i < tile.n; ++i) terms[i] = log_or_nan(std[i]);
-  tile.write_row_sums(terms, T(1), static_cast<T>(kHalfLog2PiE * static_cast<double>(call.shape.num_actions)), 2);
+  tile.write_row_sums(terms, static_cast<T>(kHalfLog2PiE * static_cast<double>(call.shape.num_actions)), 2);
 }
 
 template <class T>
@@ -93,10 +91,9 @@ void gaussian_kl_tile(const GaussianCall& call, int64_t index, T* memory) {
   const T *mean_q = tile.read(call.in[2], 2), *std_q = tile.read(call.in[3], 3);
   T* terms = tile.array(4);
   for (int64_t i = 0; i < tile.n; ++i) {
-    const T inv_q = reciprocal_or_nan(std_q[i]);
-    terms[i] = kl_terms(mean_p[i], mean_q[i], inv_q, ratio_terms(std_p[i], std_q[i], inv_q)).value;
+    terms[i] = kl_of_stds_terms(mean_p[i], std_p[i], mean_q[i], std_q[i]).value;
   }
-  tile.write_row_sums(terms, T(1), T(0), 5);
+  tile.write_row_sums(terms, T(0), 5);
 }
 
 template <class T>
@@ -107,11 +104,10 @@ void gaussian_kl_backward_tile(const GaussianCall& call, int64_t index, T* memor
   const T* grad = tile.read_grad(4, 5);
   T *grad_mean_p = tile.array(5), *grad_std_p = tile.array(6), *grad_std_q = tile.array(7);
   for (int64_t i = 0; i < tile.n; ++i) {
-    const T inv_q = reciprocal_or_nan(std_q[i]);
-    const KlTerms<T> kl = kl_terms(mean_p[i], mean_q[i], inv_q, ratio_terms(std_p[i], std_q[i], inv_q));
+    const KlOfStdsTerms<T> kl = kl_of_stds_terms(mean_p[i], std_p[i], mean_q[i], std_q[i]);
     grad_mean_p[i] = grad[i] * kl.d_mean_p;
-    grad_std_p[i] = grad[i] * kl.d_log_std_p / std_p[i];
-    grad_std_q[i] = grad[i] * kl.d_log_std_q * inv_q;
+    grad_std_p[i] = grad[i] * kl.d_std_p;
+    grad_std_q[i] = grad[i] * kl.d_std_q;
   }
   tile.write_gradient(grad_mean_p, 0);
   tile.write_gradient(grad_std_p, 1);

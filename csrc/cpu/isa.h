@@ -16,6 +16,10 @@
 
 namespace pyfast_ppo {
 
+// Sums run in this many partial sums, whatever the instruction set; rows may be written in whole vectors of this
+// length.
+constexpr int kLanes = 16;
+
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 Isa best_isa();             // what this machine has; PYFAST_PPO_ISA=baseline|avx2|avx512 in the environment lowers it

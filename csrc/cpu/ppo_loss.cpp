@@ -17,6 +17,7 @@ namespace {
 template <class T>
 struct PpoLossCall {
   PpoLossArgs args;
+  double clip_param, value_loss_coef, entropy_coef, kl_coef;  // the arguments', as they are now
   bool std_per_row, old_std_per_row;
   int64_t tile_rows, tile_elements;  // a tile fits the L1 cache
   int64_t chunk_rows, num_chunks;    // a chunk is one thread's task and leaves one partial result
@@ -72,25 +73,14 @@ void finish(const PpoLossCall<T>& call) {
       }
     }
   }
-  const double rows = static_cast<double>(args.num_rows), original = static_cast<double>(args.num_original);
-  const double mean_log_std = call.std_per_row ? total[kEntropy] / original : call.sum_log_std;
-  const double surrogate = total[kSurrogate] / rows;
+  if (!call.std_per_row) total[kEntropy] = call.sum_log_std * static_cast<double>(args.num_original);
   double metrics[kNumMetrics];
-  metrics[kSurrogate] = surrogate;
-  metrics[kValueLoss] = total[kValueLoss] / rows;
-  metrics[kEntropy] = mean_log_std + kHalfLog2PiE * static_cast<double>(A);
-  metrics[kKl] = total[kKl] / original;
-  metrics[kApproxKl] = total[kApproxKl] / rows;
-  metrics[kClipFraction] = total[kClipFraction] / rows;
-  metrics[kMaxRatio] = total[kMaxRatio] + 0.0 * metrics[kApproxKl];  // NaN if a ratio was
-  metrics[kNonfinite] = total[kNonfinite];
-  metrics[kLoss] = surrogate + args.value_loss_coef * metrics[kValueLoss] - args.entropy_coef * metrics[kEntropy] +
-                   args.kl_coef * metrics[kKl];
+  finish_metrics(total.data(), args, metrics);
   baseline::write_back(args.metrics, 0, kNumMetrics, metrics);
   if (call.std_per_row) return;
   std::vector<double> grad_std(static_cast<size_t>(A));
   for (int64_t j = 0; j < A; ++j) {
-    grad_std[j] = (total[kNumMetrics + 1 + j] - total[kNumMetrics] - args.entropy_coef) / call.std_row[j];
+    grad_std[j] = (total[kNumMetrics + 1 + j] - total[kNumMetrics] - call.entropy_coef) / call.std_row[j];
   }
   baseline::write_back(args.grad_std, 0, A, grad_std.data());
 }
@@ -99,6 +89,8 @@ template <class T>
 void run(const PpoLossArgs& args, int num_threads) {
   PpoLossCall<T> call{};
   call.args = args;
+  call.clip_param = value_of(args.clip_param), call.value_loss_coef = value_of(args.value_loss_coef);
+  call.entropy_coef = value_of(args.entropy_coef), call.kl_coef = value_of(args.kl_coef);
   call.std_per_row = args.std.row_stride != 0;
   call.old_std_per_row = call.std_per_row || args.old_std.row_stride != 0;
   cut_rows(call);
@@ -122,11 +114,6 @@ void run(const PpoLossArgs& args, int num_threads) {
 }
 
 }  // namespace
-
-double read_number(const View& view) {
-  double number;
-  return *baseline::read_rows(view, 0, 1, 1, &number);
-}
 
 void ppo_loss(const PpoLossArgs& args, bool use_double, int num_threads) {
   if (use_double) {

@@ -205,13 +205,13 @@ struct PpoLossKernel {
     const int64_t A = args.num_actions;
     const int64_t begin = chunk * call.chunk_rows;
     const int64_t end = begin + call.chunk_rows < args.num_rows ? begin + call.chunk_rows : args.num_rows;
-    const bool kl_gradient = args.kl_coef != 0.0;  // else a KL that overflows must not reach the gradients
-    const T kl_weight = static_cast<T>(args.kl_coef / static_cast<double>(args.num_original));
-    const T entropy_weight = static_cast<T>(args.entropy_coef / static_cast<double>(args.num_original));
+    const bool kl_gradient = call.kl_coef != 0.0;  // else a KL that overflows must not reach the gradients
+    const T kl_weight = static_cast<T>(call.kl_coef / static_cast<double>(args.num_original));
+    const T entropy_weight = static_cast<T>(call.entropy_coef / static_cast<double>(args.num_original));
     const T row_weight = static_cast<T>(1.0 / static_cast<double>(args.num_rows));
-    const T value_weight = static_cast<T>(args.value_loss_coef / static_cast<double>(args.num_rows));
-    const T lo = static_cast<T>(1.0 - args.clip_param), hi = static_cast<T>(1.0 + args.clip_param);
-    const T clip = static_cast<T>(args.clip_param);
+    const T value_weight = static_cast<T>(call.value_loss_coef / static_cast<double>(args.num_rows));
+    const T lo = static_cast<T>(1.0 - call.clip_param), hi = static_cast<T>(1.0 + call.clip_param);
+    const T clip = static_cast<T>(call.clip_param);
     const double log_normalizer = (kStdPerRow ? 0.0 : call.sum_log_std) + kHalfLog2Pi * static_cast<double>(A);
 
     RowSums sums;

@@ -1,8 +1,7 @@
 // Blocks of rows as flat arrays, and sums in a fixed order. Included by every kernel, once per instruction set.
 
 inline const void* element(const View& view, int64_t index) {
-  static constexpr int kBytes[] = {4, 8, 2, 2, 1};  // by DType
-  return static_cast<const char*>(view.data) + index * kBytes[static_cast<int>(view.dtype)];
+  return static_cast<const char*>(view.data) + index * size_of(view.dtype);
 }
 
 template <class Element, class T>

@@ -32,4 +32,34 @@ PYFAST_PPO_INLINE KlTerms<T> kl_terms(T mean_p, T mean_q, T inv_std_q, RatioTerm
   return {T(0.5) * (std_ratio.phi + m * m), m * inv_std_q, std_ratio.expm1, -(std_ratio.expm1 + m * m)};
 }
 
+// The log-probability and the KL from means and stds, with the derivatives by those.
+template <class T>
+struct LogProbTerms {
+  T value;   // without the constant - 1/2 log(2 pi)
+  T d_mean;  // d_action is its negative
+  T d_std;
+};
+
+template <class T>
+PYFAST_PPO_INLINE LogProbTerms<T> log_prob_terms(T action, T mean, T std) {
+  const T inv_std = reciprocal_or_nan(std);
+  const T z = standardized(action, mean, inv_std);
+  return {-(T(0.5) * z * z + log_or_nan(std)), z * inv_std, (z * z - T(1)) * inv_std};
+}
+
+template <class T>
+struct KlOfStdsTerms {
+  T value;
+  T d_mean_p;  // d_mean_q is its negative
+  T d_std_p;
+  T d_std_q;
+};
+
+template <class T>
+PYFAST_PPO_INLINE KlOfStdsTerms<T> kl_of_stds_terms(T mean_p, T std_p, T mean_q, T std_q) {
+  const T inv_q = reciprocal_or_nan(std_q);
+  const KlTerms<T> kl = kl_terms(mean_p, mean_q, inv_q, ratio_terms(std_p, std_q, inv_q));
+  return {kl.value, kl.d_mean_p, kl.d_log_std_p / std_p, kl.d_log_std_q * inv_q};
+}
+
 }  // namespace pyfast_ppo

@@ -15,8 +15,6 @@ import torch
 PREFERENCE = ("cuda", "triton", "cpu", "eager")
 """Fastest first: the order in which ``backend=None`` looks for one."""
 
-_NOT_YET = {"cuda": "this version has no CUDA kernels yet"}
-
 
 @dataclass(frozen=True)
 class BackendStatus:
@@ -34,7 +32,7 @@ def _module(name: str) -> ModuleType:
 
 def unavailable_reason(name: str) -> str | None:
     """Why the backend cannot be used on this machine, or None if it can."""
-    return _NOT_YET[name] if name in _NOT_YET else _module(name).unavailable_reason()
+    return _module(name).unavailable_reason()
 
 
 def status() -> list[BackendStatus]:

@@ -6,25 +6,16 @@ import torch
 from torch import Tensor
 
 from pyfast_ppo.backends import _extension
+from pyfast_ppo.backends import _views as views
 from pyfast_ppo.reference import METRICS, arithmetic_dtype
 
 name = "cpu"
 DEVICE_TYPE = "cpu"
 COMPUTES_IN = (torch.float32, torch.float64)
 FOR_TESTS_ONLY = False
+GATHERS = False
 
 _C, _REASON = _extension.load()
-
-_DTYPE_CODES = {  # DType in csrc/cpu/tensor.h
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.uint8: 4,
-    torch.bool: 4,
-}
-
-_NO_TENSOR = (0, 0, 0, 0)
 
 
 def unavailable_reason() -> str | None:
@@ -33,38 +24,6 @@ def unavailable_reason() -> str | None:
 
 def detail() -> str:
     return f"C++ ({_C.isa()}), {torch.get_num_threads()} threads ({_C.threading()})"
-
-
-def _view(t: Tensor) -> tuple[int, int, int, int]:
-    """(address, dtype code, row stride, column stride) of [N, A], of [N], or of a shared row [A] if ``t`` is one."""
-    if t.dim() == 2:
-        return (t.data_ptr(), _DTYPE_CODES[t.dtype], *t.stride())
-    return (t.data_ptr(), _DTYPE_CODES[t.dtype], *t.stride(), 1)
-
-
-def _row_or_matrix(t: Tensor) -> tuple[int, int, int, int]:
-    """As ``_view``, but one dimension means a row [A] that all rows share."""
-    if t.dim() == 2:
-        return _view(t)
-    return (t.data_ptr(), _DTYPE_CODES[t.dtype], 0, t.stride(0))
-
-
-def _coefficient(value: float | Tensor) -> tuple[int, int, float]:
-    """(address, dtype code, -) of a tensor, or (0, -, number)."""
-    return (value.data_ptr(), _DTYPE_CODES[value.dtype], 0.0) if isinstance(value, Tensor) else (0, 0, value)
-
-
-def _output(t: Tensor) -> tuple[int, int]:
-    return (t.data_ptr(), _DTYPE_CODES[t.dtype])
-
-
-def _empty_like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _empty_for(t: Tensor, other: Tensor) -> Tensor:
-    """For a gradient that both tensors get, up to its sign: of a dtype that loses nothing for either."""
-    return torch.empty(t.shape, dtype=torch.promote_types(t.dtype, other.dtype))
 
 
 def ppo_loss(
@@ -91,26 +50,16 @@ def ppo_loss(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values
     )
     metrics = torch.empty(len(METRICS), dtype=dtype)
-    grad_mean, grad_std, grad_values = _empty_like(mean), _empty_like(std), _empty_like(values)
+    grad_mean, grad_std, grad_values = views.empty_like(mean), views.empty_like(std), views.empty_like(values)
     _C.ppo_loss(
         (mean.shape[0], num_original, mean.shape[1]),
-        _view(mean),
-        _row_or_matrix(std),
-        _view(values),
-        _view(actions),
-        _view(old_log_prob),
-        _view(old_mean),
-        _row_or_matrix(old_std),
-        _view(advantages),
-        _view(returns),
-        _view(old_values),
-        tuple(map(_coefficient, (clip_param, value_loss_coef, entropy_coef, kl_coef))),
+        views.ppo_loss_inputs(
+            mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values
+        ),
+        tuple(map(views.coefficient, (clip_param, value_loss_coef, entropy_coef, kl_coef))),
         use_clipped_value_loss,
         kl_new_old,
-        _output(metrics),
-        _output(grad_mean),
-        _output(grad_std),
-        _output(grad_values),
+        tuple(map(views.output, (metrics, grad_mean, grad_std, grad_values))),
         dtype == torch.float64,
         torch.get_num_threads(),
     )
@@ -134,17 +83,11 @@ def gae(
     returns = torch.empty(rewards.shape, dtype=dtype)
     _C.gae(
         tuple(rewards.shape),
-        _view(rewards),
-        _view(values),
-        _view(dones),
-        _row_or_matrix(last_values),
-        _NO_TENSOR if time_outs is None else _view(time_outs),
-        _NO_TENSOR if final_values is None else _view(final_values),
+        views.gae_inputs(rewards, values, dones, last_values, time_outs, final_values),
         gamma,
         lam,
         normalize,
-        advantages.data_ptr(),
-        returns.data_ptr(),
+        (advantages.data_ptr(), returns.data_ptr()),
         dtype == torch.float64,
         torch.get_num_threads(),
     )
@@ -159,21 +102,23 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """[N, A], [N, A], [A] or [N, A] -> [N]."""
     dtype = arithmetic_dtype(actions, mean, std)
     out = torch.empty(mean.shape[0], dtype=dtype)
-    _C.gaussian_log_prob(_shape(*mean.shape, dtype), _view(actions), _view(mean), _row_or_matrix(std), _output(out))
+    _C.gaussian_log_prob(
+        _shape(*mean.shape, dtype), views.view(actions), views.view(mean), views.row_or_matrix(std), views.output(out)
+    )
     return out
 
 
 def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
     """(grad_actions, grad_mean, grad_std)."""
-    grad_mean, grad_std = _empty_for(mean, actions), _empty_like(std)
+    grad_mean, grad_std = views.empty_for(mean, actions), views.empty_like(std)
     _C.gaussian_log_prob_backward(
         _shape(*mean.shape, arithmetic_dtype(actions, mean, std)),
-        _view(actions),
-        _view(mean),
-        _row_or_matrix(std),
-        _view(grad),
-        _output(grad_mean),
-        _output(grad_std),
+        views.view(actions),
+        views.view(mean),
+        views.row_or_matrix(std),
+        views.view(grad),
+        views.output(grad_mean),
+        views.output(grad_std),
     )
     return (-grad_mean).to(actions.dtype), grad_mean.to(mean.dtype), grad_std
 
@@ -181,14 +126,16 @@ def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std:
 def gaussian_entropy(std: Tensor) -> Tensor:
     """[N, A] -> [N]."""
     out = torch.empty(std.shape[0], dtype=arithmetic_dtype(std))
-    _C.gaussian_entropy(_shape(*std.shape, out.dtype), _view(std), _output(out))
+    _C.gaussian_entropy(_shape(*std.shape, out.dtype), views.view(std), views.output(out))
     return out
 
 
 def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor]:
     """(grad_std,)."""
-    grad_std = _empty_like(std)
-    _C.gaussian_entropy_backward(_shape(*std.shape, arithmetic_dtype(std)), _view(std), _view(grad), _output(grad_std))
+    grad_std = views.empty_like(std)
+    _C.gaussian_entropy_backward(
+        _shape(*std.shape, arithmetic_dtype(std)), views.view(std), views.view(grad), views.output(grad_std)
+    )
     return (grad_std,)
 
 
@@ -198,11 +145,11 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     out = torch.empty(mean_p.shape[0], dtype=dtype)
     _C.gaussian_kl(
         _shape(*mean_p.shape, dtype),
-        _view(mean_p),
-        _row_or_matrix(std_p),
-        _view(mean_q),
-        _row_or_matrix(std_q),
-        _output(out),
+        views.view(mean_p),
+        views.row_or_matrix(std_p),
+        views.view(mean_q),
+        views.row_or_matrix(std_q),
+        views.output(out),
     )
     return out
 
@@ -211,17 +158,17 @@ def gaussian_kl_backward(
     grad: Tensor, mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor
 ) -> tuple[Tensor, ...]:
     """(grad_mean_p, grad_std_p, grad_mean_q, grad_std_q)."""
-    grad_mean_p = _empty_for(mean_p, mean_q)
-    grad_std_p, grad_std_q = _empty_like(std_p), _empty_like(std_q)
+    grad_mean_p = views.empty_for(mean_p, mean_q)
+    grad_std_p, grad_std_q = views.empty_like(std_p), views.empty_like(std_q)
     _C.gaussian_kl_backward(
         _shape(*mean_p.shape, arithmetic_dtype(mean_p, std_p, mean_q, std_q)),
-        _view(mean_p),
-        _row_or_matrix(std_p),
-        _view(mean_q),
-        _row_or_matrix(std_q),
-        _view(grad),
-        _output(grad_mean_p),
-        _output(grad_std_p),
-        _output(grad_std_q),
+        views.view(mean_p),
+        views.row_or_matrix(std_p),
+        views.view(mean_q),
+        views.row_or_matrix(std_q),
+        views.view(grad),
+        views.output(grad_mean_p),
+        views.output(grad_std_p),
+        views.output(grad_std_q),
     )
     return grad_mean_p.to(mean_p.dtype), grad_std_p, (-grad_mean_p).to(mean_q.dtype), grad_std_q

@@ -11,6 +11,7 @@ name = "eager"
 DEVICE_TYPE = None  # any
 COMPUTES_IN = (torch.float32, torch.float64)
 FOR_TESTS_ONLY = False
+GATHERS = False
 
 
 def unavailable_reason() -> str | None:

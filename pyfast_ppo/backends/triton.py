@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pyfast_ppo.backends._scratch import ScratchPool
 from pyfast_ppo.reference import METRICS
 
 # Triton's interpreter runs the kernels on the CPU, slowly. To be set before triton is imported for the first time.
@@ -22,6 +23,7 @@ name = "triton"
 DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
 COMPUTES_IN = (torch.float32,)
 FOR_TESTS_ONLY = INTERPRETED
+GATHERS = False
 
 OLDEST = (3, 2)
 MAX_PROGRAMS = 1024
@@ -65,32 +67,7 @@ def _kernels(module: str) -> ModuleType:
     return importlib.import_module(f"{package}.{module}")
 
 
-# --- scratch memory ---------------------------------------------------------------------------------------------------
-
-
-class _Scratch:
-    """Partial sums of the programs, and the counter by which the last one knows itself: 0 between launches.
-
-    One per device and stream, kept for the next call. A captured graph gets its own: it may be replayed on any stream.
-    """
-
-    def __init__(self, device: torch.device, size: int) -> None:
-        self.partials = torch.empty(size, dtype=torch.float32, device=device)
-        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
-
-
-_scratch: dict[tuple[torch.device, int], _Scratch] = {}
-
-
-def _scratch_for(device: torch.device, size: int, keep: bool) -> _Scratch:
-    on_gpu = device.type == "cuda"
-    if not keep or (on_gpu and torch.cuda.is_current_stream_capturing()):
-        return _Scratch(device, size)
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    scratch = _scratch.get((device, stream))
-    if scratch is None or scratch.partials.numel() < size:
-        scratch = _scratch[device, stream] = _Scratch(device, size)
-    return scratch
+_scratch = ScratchPool()
 
 
 @functools.cache
@@ -150,7 +127,7 @@ def ppo_loss(
     shape = kernels.block_shape(num_actions)
     tiles = -(-num_rows // shape["BLOCK_N"])
     max_programs = min(MAX_PROGRAMS, PROGRAMS_PER_PROCESSOR * _num_processors(device))
-    scratch = _scratch_for(device, (kernels.NUM_SUMS.value + num_actions) * max_programs, keep_scratch)
+    scratch = _scratch.get(device, (kernels.NUM_SUMS.value + num_actions) * max_programs, keep=keep_scratch)
     metrics = torch.empty(len(METRICS), dtype=torch.float32, device=device)
     grads = _contiguous_grad(mean), _contiguous_grad(std), _contiguous_grad(values)
     matrices = [_matrix(t) for t in (mean, std, actions, old_mean, old_std)]

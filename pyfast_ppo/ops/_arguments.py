@@ -65,6 +65,21 @@ def vector(name: str, t: Tensor, leading: torch.Size, device: torch.device) -> T
     return t if len(leading) == 1 else t.reshape(-1)
 
 
+def row_index(name: str, t: Tensor, num_rows: int, device: torch.device) -> Tensor:
+    """[N] numbers of rows."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {t.dtype}; convert it with .long()")
+    if t.shape != (num_rows,):
+        raise ValueError(f"{name} must have the shape {[num_rows]}, one entry per row of mean, got {list(t.shape)}")
+    if t.device != device:
+        raise ValueError(
+            f"{name} is on {t.device}, the other arguments are on {device}; move it with .to({str(device)!r})"
+        )
+    return t.contiguous()
+
+
 def coefficient(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:
     """A Python number, or a 0-dim tensor that is read on its device when the kernel runs."""
     if isinstance(value, Tensor):

@@ -60,6 +60,7 @@ class _Call(NamedTuple):
     use_clipped_value_loss: bool
     kl_new_old: bool
     num_original: int
+    row_index: Tensor | None  # [N]
 
 
 def ppo_loss(
@@ -81,6 +82,7 @@ def ppo_loss(
     kl_coef: float | Tensor = 0.0,
     kl_direction: str = "old_new",
     num_original: int | None = None,
+    row_index: Tensor | None = None,
     backend: str | None = None,
 ) -> PPOLossOutput:
     """The loss of rsl_rl 5.5's ``PPO.update`` for a diagonal Gaussian policy, plus ``kl_coef`` times the exact KL.
@@ -108,6 +110,10 @@ def ppo_loss(
         kl_coef: Weight of the exact KL. 0 keeps it out of the gradients.
         kl_direction: "old_new" for KL(old‖new), "new_old" for KL(new‖old).
         num_original: Only the first rows enter the entropy and the KL (symmetry augmentation). None: all.
+        row_index: Which rows of the rollout these are: row i of ``mean``, ``std`` and ``values`` belongs to row
+            ``row_index[i]`` of ``actions``, ``old_*``, ``advantages`` and ``returns``, which are then whole rollouts of
+            M rows. int64, [N]. The CUDA kernel reads them in place, so that a mini-batch is never copied; other
+            backends copy. An index outside of 0 ≤ i < M is a fault in the data on a GPU, an IndexError elsewhere.
         backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
 
     Returns:
@@ -124,20 +130,21 @@ def ppo_loss(
     """
     call = _prepare(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
-        value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
+        value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original, row_index,
     )  # fmt: skip
     call = call._replace(mean=_scalable(call.mean), std=_scalable(call.std), values=_scalable(call.values))
     if torch.compiler.is_compiling():
         if _is_eager(backend, mean.device.type):  # the compiler sees the formula itself, and fuses it
-            loss, metrics = reference.ppo_loss(*call)
+            loss, metrics = reference.ppo_loss(*_gathered(call))
             return PPOLossOutput(loss, *metrics.unbind()[1:])
-        loss, metrics, *_ = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
+        loss, metrics, *_ = torch.ops.pyfast_ppo.ppo_loss(*_to_op(_gathered(call)), backend)
         return PPOLossOutput(loss, *metrics.detach().unbind()[1:])
     run = _select(backend, call)
+    arguments_of_run = call if run.GATHERS else _gathered(call)
     if torch.is_grad_enabled() and (call.mean.requires_grad or call.std.requires_grad or call.values.requires_grad):
-        loss, metrics = _PPOLoss.apply(*call[:3], run, call)
+        loss, metrics = _PPOLoss.apply(*call[:3], run, arguments_of_run[3:])
         return PPOLossOutput(loss, *metrics.unbind()[1:])
-    metrics, *_ = run.ppo_loss(*call)
+    metrics, *_ = run.ppo_loss(*arguments_of_run)
     return PPOLossOutput(*metrics.unbind())
 
 
@@ -160,6 +167,7 @@ def ppo_loss_and_grad(
     kl_coef: float | Tensor = 0.0,
     kl_direction: str = "old_new",
     num_original: int | None = None,
+    row_index: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[PPOLossOutput, tuple[Tensor, Tensor, Tensor]]:
     """As ``ppo_loss``, without autograd: returns ``(out, (grad_mean, grad_std, grad_values))``.
@@ -170,12 +178,13 @@ def ppo_loss_and_grad(
     """
     call = _prepare(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
-        value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
+        value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original, row_index,
     )  # fmt: skip
     if torch.compiler.is_compiling() and not _is_eager(backend, mean.device.type):
-        _, *outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(call), backend)
+        _, *outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(_gathered(call)), backend)
     else:
-        outputs = _select(backend, call).ppo_loss(*call)
+        run = _select(backend, call)
+        outputs = run.ppo_loss(*(call if run.GATHERS else _gathered(call)))
     metrics, grad_mean, grad_std, grad_values = outputs
     if std.dim() > 1 and grad_std.dim() == 1:
         grad_std = arguments.spread_over_rows(grad_std, std.shape)
@@ -202,19 +211,20 @@ def ppo_loss_reference(
     kl_coef: float | Tensor = 0.0,
     kl_direction: str = "old_new",
     num_original: int | None = None,
+    row_index: Tensor | None = None,
 ) -> PPOLossOutput:
     """As ``ppo_loss``, in plain PyTorch with autograd's own derivatives (``pyfast_ppo/reference.py``): the oracle."""
     call = _prepare(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
-        value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
+        value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original, row_index,
     )  # fmt: skip
-    loss, metrics = reference.ppo_loss(*call)
+    loss, metrics = reference.ppo_loss(*_gathered(call))
     return PPOLossOutput(loss, *metrics.unbind()[1:])
 
 
 def _prepare(
     mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
-    value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original,
+    value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original, row_index,
 ) -> _Call:  # fmt: skip
     """Checks every argument and makes the tensors flat."""
     leading = arguments.check_matrix("mean", mean)
@@ -233,18 +243,27 @@ def _prepare(
     clip_param = arguments.coefficient("clip_param", clip_param, device)
     if isinstance(clip_param, float) and not clip_param >= 0.0:
         raise ValueError(f"clip_param must not be negative, got {clip_param}")
+    rollout, rollout_shape = leading, shape
     original_shape = torch.Size((num_original, shape[-1]))  # augmented rows have no old distribution of their own
+    if row_index is not None:
+        rollout = arguments.check_matrix("actions", actions)
+        original_shape = rollout_shape = actions.shape
+        if rollout_shape[-1] != shape[-1]:
+            raise ValueError(f"actions must have {shape[-1]} action dimensions, as mean has, got {rollout_shape[-1]}")
+        row_index = arguments.row_index("row_index", row_index, num_rows, device)
     return _Call(
         mean=arguments.rows("mean", mean, shape, device),
         std=arguments.row_or_rows("std", std, shape, device),
         values=arguments.vector("values", values, leading, device),
-        actions=_data(arguments.rows("actions", actions, shape, device)),
-        old_log_prob=_data(arguments.vector("old_log_prob", old_log_prob, leading, device)),
-        old_mean=_data(arguments.rows("old_mean", old_mean, _either(old_mean, original_shape, shape), device)),
-        old_std=_data(arguments.row_or_rows("old_std", old_std, _either(old_std, original_shape, shape), device)),
-        advantages=_data(arguments.vector("advantages", advantages, leading, device)),
-        returns=_data(arguments.vector("returns", returns, leading, device)),
-        old_values=_data(arguments.vector("old_values", old_values, leading, device)),
+        actions=_data(arguments.rows("actions", actions, rollout_shape, device)),
+        old_log_prob=_data(arguments.vector("old_log_prob", old_log_prob, rollout, device)),
+        old_mean=_data(arguments.rows("old_mean", old_mean, _either(old_mean, original_shape, rollout_shape), device)),
+        old_std=_data(
+            arguments.row_or_rows("old_std", old_std, _either(old_std, original_shape, rollout_shape), device)
+        ),
+        advantages=_data(arguments.vector("advantages", advantages, rollout, device)),
+        returns=_data(arguments.vector("returns", returns, rollout, device)),
+        old_values=_data(arguments.vector("old_values", old_values, rollout, device)),
         clip_param=clip_param,
         value_loss_coef=arguments.coefficient("value_loss_coef", value_loss_coef, device),
         entropy_coef=arguments.coefficient("entropy_coef", entropy_coef, device),
@@ -252,7 +271,18 @@ def _prepare(
         use_clipped_value_loss=bool(use_clipped_value_loss),
         kl_new_old=kl_direction == "new_old",
         num_original=num_original,
+        row_index=row_index,
     )
+
+
+def _gathered(call: _Call) -> tuple:
+    """The arguments without ``row_index``: a copy of the rollout's rows, in its order."""
+    if call.row_index is None:
+        return call[:-1]
+    names = ["actions", "old_log_prob", "old_mean", "advantages", "returns", "old_values"]
+    if call.old_std.dim() == 2:  # else one row for all
+        names.append("old_std")
+    return call._replace(**{name: getattr(call, name).index_select(0, call.row_index) for name in names})[:-1]
 
 
 def _select(backend: str | None, call: Sequence) -> ModuleType:
@@ -286,8 +316,8 @@ class _PPOLoss(torch.autograd.Function):
     """The kernel has computed the gradients already: backward only scales them."""
 
     @staticmethod
-    def forward(ctx, mean, std, values, run, call):
-        metrics, *grads = run.ppo_loss(mean, std, values, *call[3:])
+    def forward(ctx, mean, std, values, run, rest):
+        metrics, *grads = run.ppo_loss(mean, std, values, *rest)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -328,7 +358,7 @@ _NUM_TENSORS = 10
 _NUM_OP_ARGUMENTS = _NUM_TENSORS + 2 * len(_COEFFICIENTS) + 4
 
 
-def _to_op(call: _Call) -> tuple:
+def _to_op(call: tuple) -> tuple:
     pairs = []
     for value in call[_NUM_TENSORS : _NUM_TENSORS + len(_COEFFICIENTS)]:
         pairs += (value, 0.0) if isinstance(value, Tensor) else (None, value)

@@ -208,8 +208,8 @@ bool run_ppo_loss(Plan& plan, const Sizes& n) {
   args.advantages = b.input("advantages", n.rows, 1, false);
   args.returns = b.input("returns", n.rows, 1, false);
   args.old_values = b.input("old_values", n.rows, 1, false);
-  args.clip_param = 0.2, args.value_loss_coef = 0.5, args.entropy_coef = 0.01;
-  args.kl_coef = plan.chance(0.5) ? 0.3 : 0.0;
+  args.clip_param.number = 0.2, args.value_loss_coef.number = 0.5, args.entropy_coef.number = 0.01;
+  args.kl_coef.number = plan.chance(0.5) ? 0.3 : 0.0;
   args.use_clipped_value_loss = plan.chance(0.5), args.kl_new_old = plan.chance(0.5);
   args.metrics = b.output("metrics", kNumMetrics, b.arithmetic_dtype());
   args.grad_mean = b.output("grad_mean", n.rows * n.cols, b.gradient_dtype());

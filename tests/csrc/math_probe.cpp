@@ -3,7 +3,7 @@
 
 #include "../math/gaussian.h"
 #include "../math/ppo.h"
-#include "tensor.h"
+#include "../tensor.h"
 
 #define PYFAST_PPO_KERNEL "math_probe.inl"
 #include "for_each_isa.h"

@@ -56,17 +56,17 @@ needs_triton = pytest.mark.skipif("triton" not in KERNELS, reason="triton is not
 def test_scratch_memory_is_kept_and_left_as_it_was() -> None:
     """One allocation for calls of any N; the counter is back at 0 after each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend._scratch.clear()
+    backend._scratch.kept.clear()
     for num_rows in (10, 700, 5):
         inputs = make_inputs(num_rows, 6, old_std_per_row=True, device=device)
         first = ppo_loss_and_grad(**inputs, backend="triton")
         again = ppo_loss_and_grad(**inputs, backend="triton")
         assert torch.equal(first[0].loss, again[0].loss)
-    ((_, scratch),) = backend._scratch.items()
+    ((_, scratch),) = backend._scratch.kept.items()
     assert int(scratch.counter) == 0
     address = scratch.partials.data_ptr()
     ppo_loss_and_grad(**make_inputs(300, 4, device=device), backend="triton")
-    assert next(iter(backend._scratch.values())).partials.data_ptr() == address
+    assert next(iter(backend._scratch.kept.values())).partials.data_ptr() == address
 
 
 CHILD = """

@@ -1,19 +1,14 @@
-// What a kernel knows of a tensor: an address, an element type, two strides. Blocks of rows are read through read_rows,
-// which converts and gathers only where the memory is not already what the kernel computes with.
+// What a kernel knows of a tensor: an address, an element type, two strides.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "../math/elementary.h"
+#include "math/elementary.h"
 
 namespace pyfast_ppo {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kUInt8 = 4 };
-
-// Sums run in this many partial sums, whatever the instruction set; rows may be written in whole vectors of this
-// length.
-constexpr int kLanes = 16;
 
 // A matrix in memory; strides count elements. row_stride 0: one row shared by all.
 struct View {
@@ -29,7 +24,21 @@ struct Output {
   DType dtype = DType::kFloat32;
 };
 
-template <class T>
+// A number, or a tensor's first element, read when the kernel runs.
+struct Coefficient {
+  const void* data = nullptr;  // null: the number counts
+  DType dtype = DType::kFloat64;
+  double number = 0.0;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class Element>
 constexpr DType dtype_of();
 template <>
 constexpr DType dtype_of<float>() {
@@ -39,13 +48,18 @@ template <>
 constexpr DType dtype_of<double>() {
   return DType::kFloat64;
 }
+template <>
+constexpr DType dtype_of<BFloat16>() {
+  return DType::kBFloat16;
+}
+template <>
+constexpr DType dtype_of<Float16>() {
+  return DType::kFloat16;
+}
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
+constexpr int size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : (dtype == DType::kFloat32 ? 4 : (dtype == DType::kUInt8 ? 1 : 2));
+}
 
 PYFAST_PPO_INLINE float to_float(float x) { return x; }
 PYFAST_PPO_INLINE double to_float(double x) { return x; }
@@ -81,5 +95,42 @@ PYFAST_PPO_INLINE void from_float(float x, Float16* out) {  // round to nearest,
 }
 PYFAST_PPO_INLINE void from_float(double x, BFloat16* out) { from_float(static_cast<float>(x), out); }
 PYFAST_PPO_INLINE void from_float(double x, Float16* out) { from_float(static_cast<float>(x), out); }
+
+// One element of any type; index counts elements.
+template <class T>
+PYFAST_PPO_INLINE T read_element(const void* data, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<T>(static_cast<const float*>(data)[index]);
+    case DType::kFloat64:
+      return static_cast<T>(static_cast<const double*>(data)[index]);
+    case DType::kBFloat16:
+      return static_cast<T>(to_float(static_cast<const BFloat16*>(data)[index]));
+    case DType::kFloat16:
+      return static_cast<T>(to_float(static_cast<const Float16*>(data)[index]));
+    default:
+      return static_cast<T>(static_cast<const uint8_t*>(data)[index]);
+  }
+}
+
+PYFAST_PPO_INLINE double value_of(const Coefficient& coefficient) {
+  return coefficient.data == nullptr ? coefficient.number
+                                     : read_element<double>(coefficient.data, coefficient.dtype, 0);
+}
+
+// No output is one of bytes.
+template <class T>
+PYFAST_PPO_INLINE void write_element(const Output& output, int64_t index, T x) {
+  switch (output.dtype) {
+    case DType::kFloat32:
+      return from_float(x, static_cast<float*>(output.data) + index);
+    case DType::kFloat64:
+      return from_float(x, static_cast<double*>(output.data) + index);
+    case DType::kBFloat16:
+      return from_float(x, static_cast<BFloat16*>(output.data) + index);
+    default:
+      return from_float(x, static_cast<Float16*>(output.data) + index);
+  }
+}
 
 }  // namespace pyfast_ppo

@@ -1,0 +1,207 @@
+// Generalised advantage estimation in one launch, its normalisation in a second.
+//
+// Neighbouring threads have neighbouring environments. The steps of an environment are dealt out to several threads in
+// stretches, so that all loads of a block are in flight at once: A_t = delta_t + gamma lam A_{t+1} is linear in the
+// A_{t+1} that comes in from the right, a stretch first takes it as 0 and keeps the factor by which it counts.
+#include "gae.h"
+
+#include <cmath>
+
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace pyfast_ppo::cuda {
+
+namespace {
+
+constexpr int kEnvs = 32;      // of a block
+constexpr int kStretches = 8;  // side by side
+constexpr int kSteps = 4;      // of a stretch
+constexpr int kThreads = kEnvs * kStretches;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kFlatPerThread = 4;
+
+// Count, mean and sum of squared deviations from it.
+template <class T>
+struct Moments {
+  T count, mean, deviations;
+};
+
+// Those of two sets together (Chan, Golub and LeVeque 1979).
+template <class T>
+__device__ __forceinline__ Moments<T> together(const Moments<T>& a, const Moments<T>& b) {
+  const T count = a.count + b.count;
+  if (count == T(0)) return a;
+  const T difference = b.mean - a.mean, share = b.count / count;
+  return {count, a.mean + difference * share, a.deviations + b.deviations + difference * difference * a.count * share};
+}
+
+template <class T>
+__device__ __forceinline__ Moments<T> warp_moments(Moments<T> m) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const Moments<T> other{__shfl_xor_sync(0xffffffffu, m.count, offset), __shfl_xor_sync(0xffffffffu, m.mean, offset),
+                           __shfl_xor_sync(0xffffffffu, m.deviations, offset)};
+    // the lower lane's first in both, so that both get the same bits
+    m = threadIdx.x % kWarp & static_cast<unsigned>(offset) ? together(other, m) : together(m, other);
+  }
+  return m;
+}
+
+// Of a whole block, in its first warp; memory: one entry per warp.
+template <class T>
+__device__ Moments<T> block_moments(Moments<T> m, Moments<T>* memory, int num_warps) {
+  m = warp_moments(m);
+  if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = m;
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp;
+  return warp_moments(lane < num_warps ? memory[lane] : Moments<T>{});
+}
+
+template <class T>
+__device__ __forceinline__ T read(const View& view, int64_t t, int64_t env) {
+  return read_element<T>(view.data, view.dtype, t * view.row_stride + env * view.col_stride);
+}
+
+// A_t from delta_t and A_{t+1}. At the end of an episode the factor is 0, and what comes later does not matter, not
+// even as NaN.
+template <class T>
+__device__ __forceinline__ T advantage_of(T delta, T factor, T next) {
+  return delta + (factor == T(0) ? T(0) : factor * next);
+}
+
+// --- CUDA kernels ----------------------------------------------------------------------------------------------------
+
+// moments: [3, blocks], or null.
+template <class T>
+__global__ void __launch_bounds__(kThreads) gae_kernel(const __grid_constant__ GaeArgs args, T* moments) {
+  __shared__ T stretch_advantage[kStretches][kEnvs], stretch_factor[kStretches][kEnvs], carried[kEnvs];
+  __shared__ Moments<T> warp_results[kWarps];
+  const int lane = threadIdx.x % kEnvs, stretch = threadIdx.x / kEnvs;
+  const int64_t env = static_cast<int64_t>(blockIdx.x) * kEnvs + lane;
+  const bool inside = env < args.num_envs;
+  const T gamma = static_cast<T>(args.gamma), gamma_lam = static_cast<T>(args.gamma * args.lam);
+  T* advantages = static_cast<T*>(args.advantages);
+  T* returns = static_cast<T*>(args.returns);
+  Moments<T> mine{};
+  if (stretch == 0) carried[lane] = T(0);
+
+  // as long stretches as there are steps for; longer rollouts go through in parts, the last steps first
+  const int64_t even = (args.num_steps + kStretches - 1) / kStretches;
+  const int length = static_cast<int>(even < kSteps ? even : kSteps);
+  for (int64_t end = args.num_steps; end > 0; end -= static_cast<int64_t>(length) * kStretches) {
+    const int64_t first = end - static_cast<int64_t>(kStretches - stretch) * length;  // this thread's; may be negative
+    T delta[kSteps], factor[kSteps], value[kSteps];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      delta[k] = T(0), factor[k] = T(0), value[k] = T(0);
+      const int64_t t = first + k;
+      if (k >= length || t < 0 || !inside) continue;
+      const bool done = read<T>(args.dones, t, env) != T(0);
+      value[k] = read<T>(args.values, t, env);
+      T next_value = t + 1 < args.num_steps ? read<T>(args.values, t + 1, env) : read<T>(args.last_values, 0, env);
+      if (done) {
+        next_value = T(0);
+        if (args.time_outs.data != nullptr && read<T>(args.time_outs, t, env) != T(0)) {
+          next_value = args.final_values.data != nullptr ? read<T>(args.final_values, t, env) : value[k];
+        }
+      }
+      delta[k] = read<T>(args.rewards, t, env) + gamma * next_value - value[k];
+      factor[k] = done ? T(0) : gamma_lam;
+    }
+    T advantage = T(0), product = T(1);
+#pragma unroll
+    for (int k = kSteps - 1; k >= 0; --k) {
+      if (k >= length || first + k < 0) continue;
+      advantage = advantage_of(delta[k], factor[k], advantage);
+      product *= factor[k];
+    }
+    stretch_advantage[stretch][lane] = advantage;
+    stretch_factor[stretch][lane] = product;
+    __syncthreads();
+    T incoming = carried[lane];
+    for (int s = kStretches - 1; s > stretch; --s) {
+      incoming = advantage_of(stretch_advantage[s][lane], stretch_factor[s][lane], incoming);
+    }
+    __syncthreads();
+    if (stretch == 0) carried[lane] = advantage_of(advantage, product, incoming);
+    advantage = incoming;
+#pragma unroll
+    for (int k = kSteps - 1; k >= 0; --k) {
+      const int64_t t = first + k;
+      if (k >= length || t < 0) continue;
+      advantage = advantage_of(delta[k], factor[k], advantage);
+      if (!inside) continue;
+      advantages[t * args.num_envs + env] = advantage;
+      returns[t * args.num_envs + env] = advantage + value[k];
+      const T difference = advantage - mine.mean;
+      mine.count += T(1);
+      mine.mean += difference / mine.count;
+      mine.deviations += difference * (advantage - mine.mean);
+    }
+  }
+  if (moments == nullptr) return;
+  const Moments<T> block = block_moments(mine, warp_results, kWarps);
+  if (threadIdx.x != 0) return;
+  moments[blockIdx.x] = block.count;
+  moments[gridDim.x + blockIdx.x] = block.mean;
+  moments[2 * gridDim.x + blockIdx.x] = block.deviations;
+}
+
+// As rsl_rl: (A - mean) / (std + 1e-8) with the unbiased std. Each block adds up the moments for itself, all in the
+// same order.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    normalize_kernel(T* advantages, int64_t count, const T* moments, int num_moments) {
+  __shared__ Moments<T> warp_results[kWarps];
+  __shared__ T mean, scale;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kThreads * kFlatPerThread + threadIdx.x;
+  T x[kFlatPerThread];
+#pragma unroll
+  for (int k = 0; k < kFlatPerThread; ++k) {
+    x[k] = begin + k * kThreads < count ? advantages[begin + k * kThreads] : T(0);
+  }
+  Moments<T> m{};
+  for (int i = threadIdx.x; i < num_moments; i += kThreads) {
+    m = together(m, {moments[i], moments[num_moments + i], moments[2 * num_moments + i]});
+  }
+  m = block_moments(m, warp_results, kWarps);
+  if (threadIdx.x == 0) {
+    mean = m.mean;
+    scale = std::sqrt(m.deviations / (m.count - T(1))) + T(1e-8);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kFlatPerThread; ++k) {
+    if (begin + k * kThreads < count) advantages[begin + k * kThreads] = (x[k] - mean) / scale;
+  }
+}
+
+// --- kernel launcher -------------------------------------------------------------------------------------------------
+
+int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
+
+template <class T>
+void run(const GaeArgs& args, void* memory, const Stream& stream) {
+  T* moments = args.normalize ? static_cast<T*>(memory) : nullptr;
+  const int64_t blocks = blocks_of(args.num_envs, kEnvs);
+  launch("gae_kernel", gae_kernel<T>, blocks, kThreads, stream, args, moments);
+  if (!args.normalize) return;
+  const int64_t count = args.num_steps * args.num_envs;
+  launch("normalize_kernel", normalize_kernel<T>, blocks_of(count, kThreads * kFlatPerThread), kThreads, stream,
+         static_cast<T*>(args.advantages), count, static_cast<const T*>(moments), static_cast<int>(blocks));
+}
+
+}  // namespace
+
+int64_t gae_moments(int64_t num_envs) { return 3 * blocks_of(num_envs, kEnvs); }
+
+void gae(const GaeArgs& args, bool use_double, void* moments, const Stream& stream) {
+  if (use_double) {
+    run<double>(args, moments, stream);
+  } else {
+    run<float>(args, moments, stream);
+  }
+}
+
+}  // namespace pyfast_ppo::cuda

@@ -1,0 +1,642 @@
+// The PPO loss, its metrics and all gradients in one launch.
+//
+// A block takes a tile of rows as one flat array of rows * A elements, four to a thread, so that loads are coalesced
+// and 128 bits wide whatever A is, and no lane is idle at A = 19. A thread keeps its place in the tile: its four
+// columns never change, and what depends on the column alone (a shared std) stays in registers. Two steps need whole
+// rows and stand between barriers: the sum of a row's terms, and its loss. The last block adds up what all blocks left.
+#include "ppo_loss.h"
+
+#include "../math/gaussian.h"
+#include "../math/ppo.h"
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace pyfast_ppo::cuda {
+
+namespace {
+
+constexpr int kThreads = 384;           // few blocks: few partial sums for the last one to read
+constexpr int kBlocksPerProcessor = 2;  // with 80 registers a thread
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kPerThread = 4;
+constexpr int kTileElements = kThreads * kPerThread;
+
+enum class Std {
+  kShared,     // std and old_std are one row each
+  kOldPerRow,  // std is one row, old_std is [N, A]
+  kPerRow      // std is [N, A]; old_std is read per row, too
+};
+
+template <class T>
+struct Call {
+  PpoLossArgs args;
+  Gather gather;
+  T* partials;  // [kNumMetrics + A, blocks]
+  unsigned* counter;
+  int64_t num_tiles;
+  int tile_rows;
+  bool sum_in_fours;  // A % 4 == 0: a thread's four elements are of one row
+  T row_weight;       // 1 / N
+  T original_weight;  // 1 / num_original
+};
+
+template <class T>
+struct Shared {
+  alignas(16) T terms[kTileElements];
+  T coefficient[kThreads];  // of each row: d loss / d log pi
+  int fault[kThreads];      // of each row: its old mean or old std is at fault
+  T warp_sums[kWarps][kNumMetrics];
+  double totals[kNumMetrics];
+};
+
+// --- reading and writing ---------------------------------------------------------------------------------------------
+
+template <class Element>
+struct alignas(kPerThread * sizeof(Element)) Pack {
+  Element elements[kPerThread];
+};
+
+template <class T>
+__device__ __forceinline__ bool is_finite(T x) {
+  return x - x == T(0);
+}
+
+// Row i's row in the rollout's tensors; negative if there is none.
+__device__ __forceinline__ int64_t rollout_row(const Gather& gather, int64_t i) {
+  if (gather.index == nullptr) return i;
+  const int64_t row = gather.index[i];
+  return row < gather.num_rows ? row : -1;
+}
+
+template <class T>
+__device__ __forceinline__ T read(const View& view, int64_t row, int64_t col) {
+  if (row < 0) return std::numeric_limits<T>::quiet_NaN();
+  return read_element<T>(view.data, view.dtype, row * view.row_stride + col * view.col_stride);
+}
+
+// A thread's place in a tile.
+template <bool kVector>
+struct Place {
+  int row[kPerThread], col[kPerThread];
+
+  __device__ explicit Place(int num_actions) {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      row[e] = index(e) / num_actions;
+      col[e] = index(e) - row[e] * num_actions;
+    }
+  }
+
+  // Its element e in the flat tile: four neighbours are one load; single elements lie a block's width apart.
+  __device__ static int index(int e) {
+    return kVector ? static_cast<int>(threadIdx.x) * kPerThread + e : static_cast<int>(threadIdx.x) + e * kThreads;
+  }
+};
+
+// A thread's four elements of a tile that starts at row `first` and has `count` elements; `fill` beyond those.
+template <class Element, bool kVector, class T>
+__device__ __forceinline__ void load(T (&out)[kPerThread], const View& view, const Place<kVector>& place,
+                                     const int64_t (&source)[kPerThread], int count, T fill) {
+  if constexpr (kVector) {
+    const int left = count - place.index(0);
+    const Element* from =
+        static_cast<const Element*>(view.data) + source[0] * view.row_stride + static_cast<int64_t>(place.col[0]);
+    if (left >= kPerThread && source[0] >= 0) {
+      const Pack<Element> pack = *reinterpret_cast<const Pack<Element>*>(from);
+#pragma unroll
+      for (int e = 0; e < kPerThread; ++e) out[e] = to_float(pack.elements[e]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPerThread; ++e) {
+        out[e] = e >= left ? fill : (source[0] < 0 ? std::numeric_limits<T>::quiet_NaN() : T(to_float(from[e])));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      out[e] = place.index(e) < count ? read<T>(view, source[e], place.col[e]) : fill;
+    }
+  }
+}
+
+// The other way; `begin` is the tile's first element in the output.
+template <class Element, bool kVector, class T>
+__device__ __forceinline__ void store(const T (&x)[kPerThread], const Output& output, const Place<kVector>& place,
+                                      int64_t begin, int count) {
+  if constexpr (kVector) {
+    const int left = count - place.index(0);
+    Element* to = static_cast<Element*>(output.data) + begin + place.index(0);
+    Pack<Element> pack;
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) from_float(x[e], &pack.elements[e]);
+    if (left >= kPerThread) {
+      *reinterpret_cast<Pack<Element>*>(to) = pack;
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPerThread; ++e) {
+        if (e < left) to[e] = pack.elements[e];
+      }
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      if (place.index(e) < count) write_element(output, begin + place.index(e), x[e]);
+    }
+  }
+}
+
+// --- one element, one row --------------------------------------------------------------------------------------------
+
+// The coefficients as they are when the kernel runs.
+template <class T>
+struct Numbers {
+  T clip, value_weight, entropy_weight, kl_weight;
+
+  __device__ explicit Numbers(const Call<T>& call)
+      : clip(static_cast<T>(value_of(call.args.clip_param))),
+        value_weight(static_cast<T>(value_of(call.args.value_loss_coef)) * call.row_weight),
+        entropy_weight(static_cast<T>(value_of(call.args.entropy_coef)) * call.original_weight),
+        kl_weight(static_cast<T>(value_of(call.args.kl_coef)) * call.original_weight) {}
+};
+
+// What the KL needs of the two stds. KL(old || new), or KL(new || old) if new_old.
+template <class T>
+struct StdPair {
+  T inv_q;
+  RatioTerms<T> ratio;
+
+  StdPair() = default;
+  __device__ StdPair(T std, T old_std, T inv_std, bool new_old) {
+    inv_q = new_old ? reciprocal_or_nan(old_std) : inv_std;
+    ratio = ratio_terms(new_old ? std : old_std, new_old ? old_std : std, inv_q);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ bool is_std(T x) {
+  return is_finite(x) && x > T(0);
+}
+
+template <class T>
+struct NewKl {
+  T value, d_mean, d_log_std;  // with respect to the new policy
+
+  __device__ NewKl(T mean, T old_mean, const StdPair<T>& stds, bool new_old) {
+    const KlTerms<T> kl = kl_terms(new_old ? mean : old_mean, new_old ? old_mean : mean, stds.inv_q, stds.ratio);
+    value = kl.value;
+    d_mean = new_old ? kl.d_mean_p : -kl.d_mean_p;
+    d_log_std = new_old ? kl.d_log_std_p : kl.d_log_std_q;
+  }
+};
+
+template <class T>
+struct RowInputs {
+  T old_log_prob, advantage, target, old_value, value;
+
+  RowInputs() = default;
+  __device__ RowInputs(const Call<T>& call, int64_t row) {
+    const PpoLossArgs& args = call.args;
+    const int64_t source = rollout_row(call.gather, row);
+    old_log_prob = read<T>(args.old_log_prob, source, 0);
+    advantage = read<T>(args.advantages, source, 0);
+    target = read<T>(args.returns, source, 0);
+    old_value = read<T>(args.old_values, source, 0);
+    value = read<T>(args.values, row, 0);
+  }
+};
+
+// Adds a row's losses to the sums, writes the gradient of its value, and returns d loss / d log pi. row_sum: of the
+// terms 1/2 z^2 (+ log std).
+template <class T>
+__device__ __forceinline__ T row_losses(const Call<T>& call, const Numbers<T>& numbers, int64_t row,
+                                        const RowInputs<T>& in, T row_sum, double log_normalizer, bool fault,
+                                        T (&sums)[kNumMetrics]) {
+  // in double: for many actions the two terms are large and their difference is small
+  const T log_ratio = static_cast<T>(-static_cast<double>(row_sum) - (log_normalizer + in.old_log_prob));
+  const SurrogateTerms<T> surrogate =
+      surrogate_terms(log_ratio, in.advantage, T(1) - numbers.clip, T(1) + numbers.clip);
+  const ValueTerms<T> value = call.args.use_clipped_value_loss
+                                  ? clipped_value_terms(in.value, in.old_value, in.target, numbers.clip)
+                                  : plain_value_terms(in.value, in.target);
+  write_element(call.args.grad_values, row, numbers.value_weight * value.d_value);
+  const bool finite = is_finite(log_ratio) && is_finite(in.advantage) && is_finite(in.value) &&
+                      is_finite(in.old_value) && is_finite(in.target) && !fault;
+  sums[kSurrogate] += surrogate.loss;
+  sums[kValueLoss] += value.loss;
+  sums[kApproxKl] += surrogate.approx_kl;
+  sums[kClipFraction] += surrogate.outside;
+  sums[kMaxRatio] = surrogate.ratio > sums[kMaxRatio] ? surrogate.ratio : sums[kMaxRatio];
+  sums[kNonfinite] += finite ? T(0) : T(1);
+  return call.row_weight * surrogate.d_log_prob;
+}
+
+// --- the end: this block's sums, then those of all blocks
+// -------------------------------------------------------------
+
+template <class T>
+__device__ T& partial_of(const Call<T>& call, int sum) {
+  return call.partials[static_cast<int64_t>(sum) * gridDim.x + blockIdx.x];
+}
+
+template <class T>
+__device__ void leave_sums(const Call<T>& call, Shared<T>& shared, const T (&sums)[kNumMetrics]) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int k = kLoss + 1; k < kNumMetrics; ++k) {
+    const T sum = k == kMaxRatio ? warp_max(sums[k]) : warp_sum(sums[k]);
+    if (lane == 0) shared.warp_sums[warp][k] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x > kLoss && threadIdx.x < kNumMetrics) {
+    const int k = threadIdx.x;
+    T sum = T(0);
+    for (int w = 0; w < kWarps; ++w) {
+      const T x = shared.warp_sums[w][k];
+      sum = k == kMaxRatio ? (x > sum ? x : sum) : sum + x;
+    }
+    partial_of(call, k) = sum;
+  }
+}
+
+// The sums over rows of d loss / d log std, from those of each place of the tile in shared.terms.
+template <class T>
+__device__ void leave_columns(const Call<T>& call, Shared<T>& shared) {
+  const int A = static_cast<int>(call.args.num_actions);
+  const int elements = call.tile_rows * A;
+  const int groups = A < kThreads ? kThreads / A : 1;  // threads that share a column
+  for (int i = threadIdx.x; i < groups * A; i += kThreads) {
+    T sum = T(0);
+    for (int k = i; k < elements; k += groups * A) sum += shared.terms[k];
+    if (groups == 1) {
+      partial_of(call, kNumMetrics + i) = sum;
+    } else {
+      shared.coefficient[i] = sum;
+    }
+  }
+  if (groups == 1) return;
+  __syncthreads();
+  const int column = threadIdx.x;
+  if (column < A) {
+    T sum = T(0);
+    for (int g = 0; g < groups; ++g) sum += shared.coefficient[g * A + column];
+    partial_of(call, kNumMetrics + column) = sum;
+  }
+}
+
+// Metrics and the gradient of a shared std, by one block, when all have left their sums. sum_log_std: of a shared std,
+// over actions.
+template <class T>
+__device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, bool entropy_of_rows,
+                       double sum_log_std) {
+  const PpoLossArgs& args = call.args;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int num_sums = kNumMetrics + (shared_std ? static_cast<int>(args.num_actions) : 0);
+  for (int k = kLoss + 1 + warp; k < num_sums; k += kWarps) {
+    const T* partials = call.partials + static_cast<int64_t>(k) * gridDim.x;
+    double total = 0.0;
+#pragma unroll 4
+    for (int block = lane; block < static_cast<int>(gridDim.x); block += kWarp) {
+      const double x = __ldcg(partials + block);  // past the L1 cache, which does not see what other processors wrote
+      total = k == kMaxRatio ? (x > total ? x : total) : total + x;
+    }
+    total = k == kMaxRatio ? warp_max(total) : warp_sum(total);
+    if (lane != 0) continue;
+    if (k < kNumMetrics) {
+      shared.totals[k] = total;
+    } else {
+      const int64_t j = k - kNumMetrics;
+      const double std = read<T>(args.std, 0, j);
+      write_element(args.grad_std, j, static_cast<T>((total - value_of(args.entropy_coef)) / std));
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (!entropy_of_rows) shared.totals[kEntropy] = sum_log_std * static_cast<double>(args.num_original);
+  double metrics[kNumMetrics];
+  finish_metrics(shared.totals, args, metrics);
+#pragma unroll
+  for (int k = 0; k < kNumMetrics; ++k) write_element(args.metrics, k, static_cast<T>(metrics[k]));
+}
+
+// --- CUDA kernels ----------------------------------------------------------------------------------------------------
+
+// Net: the elements of mean, std and their gradients, if kVector; the rollout's are T then. Else all are what their
+// views say.
+template <class T, class Net, Std kStd, bool kVector>
+__global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
+    ppo_loss_kernel(const __grid_constant__ Call<T> call) {
+  __shared__ Shared<T> shared;
+  const PpoLossArgs& args = call.args;
+  const int A = static_cast<int>(args.num_actions);
+  const int t = threadIdx.x;
+  const bool new_old = args.kl_new_old;
+  const Place<kVector> place(A);
+  const Numbers<T> numbers(call);
+  shared.fault[t] = 0;
+  __syncthreads();
+
+  // what depends on the column alone
+  T inv_std[kPerThread];
+  StdPair<T> stds[kPerThread];
+  T std_of_column[kPerThread];
+  double sum_log_std = 0.0;
+  bool old_std_fault = false;
+  if constexpr (kStd != Std::kPerRow) {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      std_of_column[e] = read<T>(args.std, 0, place.col[e]);
+      inv_std[e] = reciprocal_or_nan(std_of_column[e]);
+      if constexpr (kStd == Std::kShared) {
+        stds[e] = StdPair<T>(std_of_column[e], read<T>(args.old_std, 0, place.col[e]), inv_std[e], new_old);
+      }
+    }
+    T old_std_faults = T(0);
+    for (int j = t % kWarp; j < A; j += kWarp) {
+      sum_log_std += log_or_nan(read<T>(args.std, 0, j));
+      if (kStd == Std::kShared && !is_std(read<T>(args.old_std, 0, j))) old_std_faults += T(1);
+    }
+    sum_log_std = warp_sum(sum_log_std);
+    old_std_fault = warp_sum(old_std_faults) != T(0);
+  }
+  const double log_normalizer = sum_log_std + kHalfLog2Pi * static_cast<double>(A);
+
+  T sums[kNumMetrics] = {};
+  T column_sums[kPerThread] = {};
+  for (int64_t tile = blockIdx.x; tile < call.num_tiles; tile += gridDim.x) {
+    const int64_t first = tile * call.tile_rows;
+    const int rows = static_cast<int>(min(args.num_rows - first, static_cast<int64_t>(call.tile_rows)));
+    const int rows_kl = static_cast<int>(max(min(args.num_original - first, static_cast<int64_t>(rows)), int64_t(0)));
+    const int count = rows * A, count_kl = rows_kl * A;
+
+    int64_t own[kPerThread], source[kPerThread];
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      own[e] = first + place.row[e];
+      source[e] = place.row[e] < rows && (!kVector || e == 0) ? rollout_row(call.gather, own[e]) : own[e];
+    }
+    T actions[kPerThread], mean[kPerThread], old_mean[kPerThread], std[kPerThread], old_std[kPerThread];
+    load<T>(actions, args.actions, place, source, count, T(0));
+    load<T>(old_mean, args.old_mean, place, source, count_kl, T(0));
+    if constexpr (kStd != Std::kShared) load<T>(old_std, args.old_std, place, source, count_kl, T(1));
+    RowInputs<T> in;
+    if (t < rows) in = RowInputs<T>(call, first + t);
+    load<Net>(mean, args.mean, place, own, count, T(0));
+    if constexpr (kStd == Std::kPerRow) load<Net>(std, args.std, place, own, count, T(1));
+
+    // --- the distribution, element by element
+    T z[kPerThread], kl_d_mean[kPerThread], kl_d_log_std[kPerThread];
+    Pack<T> terms;
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      const bool original = place.index(e) < count_kl;
+      if constexpr (kStd == Std::kPerRow) inv_std[e] = reciprocal_or_nan(std[e]);
+      z[e] = standardized(actions[e], mean[e], inv_std[e]);
+      terms.elements[e] = T(0.5) * z[e] * z[e];
+      if constexpr (kStd == Std::kPerRow) {
+        const T log_std = log_or_nan(std[e]);
+        terms.elements[e] += log_std;
+        sums[kEntropy] += original ? log_std : T(0);
+      }
+      if constexpr (kStd == Std::kOldPerRow) {
+        stds[e] = StdPair<T>(std_of_column[e], old_std[e], inv_std[e], new_old);
+      } else if constexpr (kStd == Std::kPerRow) {
+        stds[e] = StdPair<T>(std[e], old_std[e], inv_std[e], new_old);
+      }
+      const NewKl<T> kl(mean[e], old_mean[e], stds[e], new_old);
+      sums[kKl] += original ? kl.value : T(0);
+      // where its weight is 0, a KL that overflows must not reach the gradients
+      const bool with_kl = original && numbers.kl_weight != T(0);
+      kl_d_mean[e] = with_kl ? numbers.kl_weight * kl.d_mean : T(0);
+      const T d_log_std = with_kl ? numbers.kl_weight * kl.d_log_std : T(0);
+      if constexpr (kStd == Std::kPerRow) {
+        kl_d_log_std[e] = d_log_std;
+      } else {
+        column_sums[e] += d_log_std;
+      }
+      const bool fault = !is_finite(old_mean[e]) || (kStd != Std::kShared && !is_std(old_std[e]));
+      if (original && fault) atomicOr(&shared.fault[place.row[e]], 1);
+    }
+    if (kVector && call.sum_in_fours) {
+      // odd rows: no two of the threads that add them up read the same bank
+      const int quads = A / kPerThread, stride = quads | 1;
+      if (place.row[0] < rows) {
+        shared.terms[place.row[0] * stride + place.col[0] / kPerThread] =
+            (terms.elements[0] + terms.elements[1]) + (terms.elements[2] + terms.elements[3]);
+      }
+    } else if constexpr (kVector) {
+      *reinterpret_cast<Pack<T>*>(&shared.terms[place.index(0)]) = terms;
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPerThread; ++e) shared.terms[place.index(e)] = terms.elements[e];
+    }
+    __syncthreads();
+
+    // --- the losses, row by row
+    if (t < rows) {
+      const int length = kVector && call.sum_in_fours ? A / kPerThread : A;
+      const T* row_terms = shared.terms + t * (kVector && call.sum_in_fours ? length | 1 : length);
+      T row_sum = T(0);
+#pragma unroll 4
+      for (int j = 0; j < length; ++j) row_sum += row_terms[j];
+      const bool fault = shared.fault[t] != 0 || (old_std_fault && t < rows_kl);
+      shared.coefficient[t] = row_losses(call, numbers, first + t, in, row_sum, log_normalizer, fault, sums);
+      shared.fault[t] = 0;
+    }
+    __syncthreads();
+
+    // --- the gradients, element by element
+    T grad_mean[kPerThread], grad_std[kPerThread];
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      const bool inside = place.index(e) < count;
+      const T coefficient = inside ? shared.coefficient[place.row[e]] : T(0);
+      const T weighted = coefficient * z[e];
+      const T d_log_std = weighted * z[e] - coefficient;
+      grad_mean[e] = inv_std[e] * weighted + kl_d_mean[e];
+      if constexpr (kStd == Std::kPerRow) {
+        const T entropy = place.index(e) < count_kl ? numbers.entropy_weight : T(0);
+        grad_std[e] = (d_log_std + kl_d_log_std[e] - entropy) * inv_std[e];
+      } else {
+        column_sums[e] += inside ? d_log_std : T(0);
+      }
+    }
+    store<Net>(grad_mean, args.grad_mean, place, first * A, count);
+    if constexpr (kStd == Std::kPerRow) store<Net>(grad_std, args.grad_std, place, first * A, count);
+  }
+
+  if constexpr (kStd != Std::kPerRow) {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      if (place.index(e) < call.tile_rows * A) shared.terms[place.index(e)] = column_sums[e];
+    }
+  }
+  leave_sums(call, shared, sums);  // its barrier also stands between the writing of the columns and their reading
+  if constexpr (kStd != Std::kPerRow) leave_columns(call, shared);
+  if (is_last_block(call.counter)) finish(call, shared, kStd != Std::kPerRow, kStd == Std::kPerRow, sum_log_std);
+}
+
+// For rows that no tile holds: a block takes a row at a time and goes over it twice.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid_constant__ Call<T> call) {
+  __shared__ Shared<T> shared;
+  const PpoLossArgs& args = call.args;
+  const int A = static_cast<int>(args.num_actions);
+  const bool new_old = args.kl_new_old, shared_std = args.std.row_stride == 0;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Numbers<T> numbers(call);
+  T sums[kNumMetrics] = {};
+  for (int64_t row = blockIdx.x; row < args.num_rows; row += gridDim.x) {
+    const int64_t source = rollout_row(call.gather, row);
+    const bool original = row < args.num_original;
+    const auto std_of = [&](int j) { return read<T>(args.std, row, j); };
+    const auto kl_of = [&](int j, T std, bool* fault) {
+      const T old_mean = read<T>(args.old_mean, source, j), old_std = read<T>(args.old_std, source, j);
+      const StdPair<T> stds(std, old_std, reciprocal_or_nan(std), new_old);
+      *fault = !is_std(old_std) || !is_finite(old_mean);
+      return NewKl<T>(read<T>(args.mean, row, j), old_mean, stds, new_old);
+    };
+    const auto z_of = [&](int j, T inv_std) {
+      return standardized(read<T>(args.actions, source, j), read<T>(args.mean, row, j), inv_std);
+    };
+
+    T term = T(0), faults = T(0);
+    for (int j = threadIdx.x; j < A; j += kThreads) {
+      const T std = std_of(j), log_std = log_or_nan(std);
+      const T z = z_of(j, reciprocal_or_nan(std));
+      term += T(0.5) * z * z + log_std;
+      if (!original) continue;
+      bool fault;
+      sums[kEntropy] += log_std;
+      sums[kKl] += kl_of(j, std, &fault).value;
+      faults += fault ? T(1) : T(0);
+    }
+    term = warp_sum(term);
+    faults = warp_sum(faults);
+    if (lane == 0) {
+      shared.terms[warp] = term;
+      shared.terms[kWarps + warp] = faults;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      T row_sum = T(0), row_faults = T(0);
+      for (int w = 0; w < kWarps; ++w) {
+        row_sum += shared.terms[w];
+        row_faults += shared.terms[kWarps + w];
+      }
+      shared.coefficient[0] = row_losses(call, numbers, row, RowInputs<T>(call, row), row_sum,
+                                         kHalfLog2Pi * static_cast<double>(A), row_faults != T(0), sums);
+    }
+    __syncthreads();
+    const T coefficient = shared.coefficient[0];
+    const bool with_kl = original && numbers.kl_weight != T(0);
+    for (int j = threadIdx.x; j < A; j += kThreads) {
+      const T std = std_of(j), inv_std = reciprocal_or_nan(std);
+      const T z = z_of(j, inv_std), weighted = coefficient * z;
+      T grad_mean = inv_std * weighted, d_log_std = weighted * z - coefficient;
+      if (with_kl) {
+        bool fault;
+        const NewKl<T> kl = kl_of(j, std, &fault);
+        grad_mean += numbers.kl_weight * kl.d_mean;
+        d_log_std += numbers.kl_weight * kl.d_log_std;
+      }
+      write_element(args.grad_mean, row * A + j, grad_mean);
+      if (shared_std) {
+        T& partial = partial_of(call, kNumMetrics + j);
+        partial = row == blockIdx.x ? d_log_std : partial + d_log_std;
+      } else {
+        write_element(args.grad_std, row * A + j, (d_log_std - (original ? numbers.entropy_weight : T(0))) * inv_std);
+      }
+    }
+  }
+  __syncthreads();
+  leave_sums(call, shared, sums);
+  if (is_last_block(call.counter)) finish(call, shared, shared_std, true, 0.0);
+}
+
+// --- kernel launcher -------------------------------------------------------------------------------------------------
+
+// Rows of a tile. For four elements at a time its length is a multiple of 4, so that every tile starts aligned; 0: no
+// such tile.
+int rows_of_tile(int64_t A, bool vector) {
+  if (A > kTileElements) return 0;
+  int rows = static_cast<int>(kTileElements / A);
+  if (rows > kThreads) rows = kThreads;
+  const int multiple = !vector || A % 4 == 0 ? 1 : (A % 2 == 0 ? 2 : 4);
+  return rows - rows % multiple;
+}
+
+// Whether four neighbours of the flat tile can be read as one.
+bool fits_vector(const View& view, DType dtype, int64_t num_rows, int64_t A) {
+  const bool rows_fit = A % kPerThread == 0 ? view.row_stride % kPerThread == 0 : view.row_stride == A || num_rows == 1;
+  return view.dtype == dtype && (view.col_stride == 1 || A == 1) && rows_fit &&
+         reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(kPerThread * size_of(dtype)) == 0;
+}
+
+bool fits_vector(const Output& output, DType dtype, int64_t A) {
+  return fits_vector(View{output.data, output.dtype, A, 1}, dtype, 1, A);
+}
+
+template <class Net>
+bool fits_vector(const PpoLossArgs& args, const Gather& gather) {
+  const int64_t A = args.num_actions, N = args.num_rows;
+  constexpr DType net = dtype_of<Net>(), rollout = DType::kFloat32;
+  const bool std_per_row = args.std.row_stride != 0, old_std_per_row = std_per_row || args.old_std.row_stride != 0;
+  return rows_of_tile(A, true) > 0 && (gather.index == nullptr || A % kPerThread == 0) &&
+         fits_vector(args.mean, net, N, A) && fits_vector(args.actions, rollout, N, A) &&
+         fits_vector(args.old_mean, rollout, args.num_original, A) && fits_vector(args.grad_mean, net, A) &&
+         (!std_per_row || (fits_vector(args.std, net, N, A) && fits_vector(args.grad_std, net, A))) &&
+         (!old_std_per_row || fits_vector(args.old_std, rollout, args.num_original, A));
+}
+
+template <class T, class Net, bool kVector>
+void launch_tiles(Call<T> call, const Stream& stream) {
+  const PpoLossArgs& args = call.args;
+  call.tile_rows = rows_of_tile(args.num_actions, kVector);
+  call.num_tiles = (args.num_rows + call.tile_rows - 1) / call.tile_rows;
+  call.sum_in_fours = args.num_actions % kPerThread == 0;
+  const int64_t most = resident_blocks(stream.device, kBlocksPerProcessor);
+  const auto kernel = args.std.row_stride != 0       ? ppo_loss_kernel<T, Net, Std::kPerRow, kVector>
+                      : args.old_std.row_stride != 0 ? ppo_loss_kernel<T, Net, Std::kOldPerRow, kVector>
+                                                     : ppo_loss_kernel<T, Net, Std::kShared, kVector>;
+  launch("ppo_loss_kernel", kernel, call.num_tiles < most ? call.num_tiles : most, kThreads, stream, call);
+}
+
+template <class T>
+void run(const PpoLossArgs& args, const Gather& gather, const Scratch& scratch, const Stream& stream) {
+  Call<T> call{};
+  call.args = args;
+  call.gather = gather;
+  call.partials = static_cast<T*>(scratch.partials);
+  call.counter = scratch.counter;
+  call.row_weight = static_cast<T>(1.0 / static_cast<double>(args.num_rows));
+  call.original_weight = static_cast<T>(1.0 / static_cast<double>(args.num_original));
+  if (rows_of_tile(args.num_actions, false) == 0) {
+    const int64_t most = resident_blocks(stream.device, kBlocksPerProcessor);
+    launch("ppo_loss_wide_kernel", ppo_loss_wide_kernel<T>, args.num_rows < most ? args.num_rows : most, kThreads,
+           stream, call);
+    return;
+  }
+  if constexpr (sizeof(T) == 4) {
+    if (fits_vector<float>(args, gather)) return launch_tiles<T, float, true>(call, stream);
+    if (fits_vector<BFloat16>(args, gather)) return launch_tiles<T, BFloat16, true>(call, stream);
+    if (fits_vector<Float16>(args, gather)) return launch_tiles<T, Float16, true>(call, stream);
+  }
+  launch_tiles<T, T, false>(call, stream);
+}
+
+}  // namespace
+
+int64_t ppo_loss_partials(int64_t num_actions, int device) {
+  return (kNumMetrics + num_actions) * resident_blocks(device, kBlocksPerProcessor);
+}
+
+void ppo_loss(const PpoLossArgs& args, const Gather& gather, bool use_double, const Scratch& scratch,
+              const Stream& stream) {
+  if (use_double) {
+    run<double>(args, gather, scratch, stream);
+  } else {
+    run<float>(args, gather, scratch, stream);
+  }
+}
+
+}  // namespace pyfast_ppo::cuda

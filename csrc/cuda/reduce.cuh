@@ -1,0 +1,45 @@
+// Sums over a warp and over a block, always in the same order.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../math/elementary.h"
+
+namespace pyfast_ppo::cuda {
+
+constexpr int kWarp = 32;
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// The largest of numbers that are not negative; NaNs are passed over.
+template <class T>
+__device__ __forceinline__ T warp_max(T x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(0xffffffffu, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// True in every thread of the block that comes here last of all blocks; it then sees what the others wrote before. The
+// counter is 0 before the launch and after it, so that a captured graph can be replayed.
+__device__ __forceinline__ bool is_last_block(unsigned* counter) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1u) == gridDim.x - 1;
+    if (last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+}  // namespace pyfast_ppo::cuda

@@ -1,0 +1,209 @@
+"""The CUDA kernels (csrc/cuda): one launch, on the current stream of the tensors' device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from pyfast_ppo.backends import _extension
+from pyfast_ppo.backends import _views as views
+from pyfast_ppo.backends._scratch import ScratchPool, current_stream
+from pyfast_ppo.reference import METRICS, arithmetic_dtype
+
+name = "cuda"
+DEVICE_TYPE = "cuda"
+COMPUTES_IN = (torch.float32, torch.float64)
+FOR_TESTS_ONLY = False
+GATHERS = True
+
+_C, _REASON = _extension.load()
+_cuda = getattr(_C, "cuda", None)
+_scratch = ScratchPool()
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    if _C is None:
+        return _REASON
+    if _cuda is None:
+        return _C.cuda_note
+    if not torch.cuda.is_available():
+        return "torch finds no GPU" if torch.version.cuda else "this build of torch has no CUDA"
+    return _cuda.unavailable_reason() or None
+
+
+def detail() -> str:
+    return f"{_C.cuda_note}, on {torch.cuda.get_device_name()}"
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    return device.index or 0, current_stream(device)
+
+
+@functools.cache
+def _num_partials(num_actions: int, device_index: int) -> int:
+    return _cuda.ppo_loss_partials(num_actions, device_index)
+
+
+def ppo_loss(
+    mean: Tensor,  # [N, A]
+    std: Tensor,  # [A] or [N, A]
+    values: Tensor,  # [N]
+    actions: Tensor,  # [N, A]; with row_index [M, A], and so are the other tensors of the rollout
+    old_log_prob: Tensor,  # [N]
+    old_mean: Tensor,  # [num_original or N, A]
+    old_std: Tensor,  # [A] or [num_original or N, A]
+    advantages: Tensor,  # [N]
+    returns: Tensor,  # [N]
+    old_values: Tensor,  # [N]
+    clip_param: float | Tensor,
+    value_loss_coef: float | Tensor,
+    entropy_coef: float | Tensor,
+    kl_coef: float | Tensor,
+    use_clipped_value_loss: bool,
+    kl_new_old: bool,
+    num_original: int,
+    row_index: Tensor | None = None,  # [N], int64, contiguous
+    keep_scratch: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(metrics, grad_mean, grad_std, grad_values)."""
+    inputs = (mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values)
+    dtype = arithmetic_dtype(*inputs)
+    device = mean.device
+    num_rows, num_actions = mean.shape
+    stream = _stream(device)
+    scratch = _scratch.get(device, _num_partials(num_actions, stream[0]), dtype, keep_scratch)
+    metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
+    grads = views.empty_like(mean), views.empty_like(std), views.empty_like(values)
+    _cuda.ppo_loss(
+        (num_rows, num_original, num_actions),
+        views.ppo_loss_inputs(*inputs),
+        tuple(map(views.coefficient, (clip_param, value_loss_coef, entropy_coef, kl_coef))),
+        use_clipped_value_loss,
+        kl_new_old,
+        tuple(map(views.output, (metrics, *grads))),
+        dtype == torch.float64,
+        (0, 0) if row_index is None else (row_index.data_ptr(), actions.shape[0]),
+        (scratch.partials.data_ptr(), scratch.counter.data_ptr()),
+        stream,
+    )
+    return metrics, *grads
+
+
+# torch.compile may call the operator while it prepares a CUDA graph of its own: what is allocated then belongs to that
+# graph's memory and must not be kept for other calls.
+ppo_loss_for_compile = functools.partial(ppo_loss, keep_scratch=False)
+
+
+def gae(
+    rewards: Tensor,  # [T, E]
+    values: Tensor,  # [T, E]
+    dones: Tensor,  # [T, E]
+    last_values: Tensor,  # [E]
+    gamma: float,
+    lam: float,
+    time_outs: Tensor | None,  # [T, E]
+    final_values: Tensor | None,  # [T, E]
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), each [T, E]."""
+    dtype = arithmetic_dtype(rewards, values, last_values, final_values)
+    advantages = torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
+    returns = torch.empty_like(advantages)
+    num_moments = _cuda.gae_moments(rewards.shape[1]) if normalize else 0
+    moments = torch.empty(num_moments, dtype=dtype, device=rewards.device)
+    _cuda.gae(
+        tuple(rewards.shape),
+        views.gae_inputs(rewards, values, dones, last_values, time_outs, final_values),
+        gamma,
+        lam,
+        normalize,
+        (advantages.data_ptr(), returns.data_ptr()),
+        dtype == torch.float64,
+        moments.data_ptr(),
+        _stream(rewards.device),
+    )
+    return advantages, returns
+
+
+def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """[N, A], [N, A], [A] or [N, A] -> [N]."""
+    return _row_sums(_cuda.gaussian_log_prob, (actions, mean, std))
+
+
+def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
+    """(grad_actions, grad_mean, grad_std)."""
+    grad_mean, grad_std = _gradients(
+        _cuda.gaussian_log_prob_backward, grad, (actions, mean, std), (mean, std), (actions, None)
+    )
+    return (-grad_mean).to(actions.dtype), grad_mean.to(mean.dtype), grad_std
+
+
+def gaussian_entropy(std: Tensor) -> Tensor:
+    """[N, A] -> [N]."""
+    return _row_sums(_cuda.gaussian_entropy, (std,))
+
+
+def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor]:
+    """(grad_std,)."""
+    return _gradients(_cuda.gaussian_entropy_backward, grad, (std,), (std,), (None,))
+
+
+def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
+    """[N, A], [A] or [N, A], [N, A], [A] or [N, A] -> [N]."""
+    return _row_sums(_cuda.gaussian_kl, (mean_p, std_p, mean_q, std_q))
+
+
+def gaussian_kl_backward(
+    grad: Tensor, mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor
+) -> tuple[Tensor, ...]:
+    """(grad_mean_p, grad_std_p, grad_mean_q, grad_std_q)."""
+    grad_mean_p, grad_std_p, grad_std_q = _gradients(
+        _cuda.gaussian_kl_backward,
+        grad,
+        (mean_p, std_p, mean_q, std_q),
+        (mean_p, std_p, std_q),
+        (mean_q, None, None),
+    )
+    return grad_mean_p.to(mean_p.dtype), grad_std_p, (-grad_mean_p).to(mean_q.dtype), grad_std_q
+
+
+def _shape(inputs: tuple[Tensor, ...]) -> tuple[int, int, bool]:
+    num_rows = max(t.shape[0] for t in inputs if t.dim() == 2)
+    return num_rows, inputs[0].shape[-1], arithmetic_dtype(*inputs) == torch.float64
+
+
+def _row_sums(function, inputs: tuple[Tensor, ...]) -> Tensor:
+    shape = _shape(inputs)
+    out = torch.empty(shape[0], dtype=arithmetic_dtype(*inputs), device=inputs[0].device)
+    function(shape, tuple(map(views.row_or_matrix, inputs)), views.output(out), _stream(out.device))
+    return out
+
+
+def _gradients(
+    function,
+    grad: Tensor,
+    inputs: tuple[Tensor, ...],
+    of: tuple[Tensor, ...],
+    shared_with: tuple[Tensor | None, ...],
+) -> tuple[Tensor, ...]:
+    """The gradients of the tensors ``of``; where another tensor gets the negated one, in a dtype that suits both."""
+    shape, dtype = _shape(inputs), arithmetic_dtype(*inputs)
+    outputs = []
+    for t, other in zip(of, shared_with, strict=True):
+        if t.dim() == 1:  # partial sums, one row per block
+            outputs.append(torch.empty(_cuda.gaussian_blocks(shape), shape[1], dtype=dtype, device=t.device))
+        else:
+            outputs.append(views.empty_like(t) if other is None else views.empty_for(t, other))
+    shared = [t.dim() == 1 for t in of]
+    function(
+        shape,
+        tuple(map(views.row_or_matrix, inputs)),
+        views.view(grad),
+        tuple(map(views.output, outputs)),
+        (*shared, *(False,) * (3 - len(shared))),
+        _stream(grad.device),
+    )
+    return tuple(o.sum(0).to(t.dtype) if t.dim() == 1 else o for o, t in zip(outputs, of, strict=True))

@@ -1,0 +1,279 @@
+// Stands in for CUDA's header of this name, so that a C++ compiler makes the .cu files into programs for the CPU: what
+// indexes, tails, barriers and reductions do can then be tested, and watched by sanitizers, without a GPU.
+//
+// A block's threads are fibers that change over at barriers and shuffles only, each time in another random order: what
+// depends on an order that no barrier imposes comes out differently from run to run. Blocks follow each other in random
+// order, too. It knows what the kernels use, and no more; not the memory model.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define EMULATION_BEFORE_SWITCH(save, bottom, size) __sanitizer_start_switch_fiber(save, bottom, size)
+#define EMULATION_AFTER_SWITCH(save, bottom, size) __sanitizer_finish_switch_fiber(save, bottom, size)
+#else
+#define EMULATION_BEFORE_SWITCH(save, bottom, size)
+#define EMULATION_AFTER_SWITCH(save, bottom, size)
+#endif
+
+#define __global__
+#define __host__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  explicit dim3(unsigned n) : x(n) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 128 * 1024;
+
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  void* sanitizer_stack = nullptr;
+  State state = State::kReady;
+  uint64_t shuffled[2] = {};  // what this thread gives to the others, in turns
+  unsigned shuffles = 0;
+};
+
+// One grid at a time, as one thread of the host.
+class Machine {
+ public:
+  static Machine& get() {
+    static Machine machine;
+    return machine;
+  }
+
+  void run(dim3 grid, dim3 block, std::function<void()> kernel) {
+    kernel_ = std::move(kernel);
+    gridDim = grid;
+    blockDim = block;
+    while (fibers_.size() < block.x) {
+      fibers_.emplace_back();
+      fibers_.back().stack = std::make_unique<char[]>(kStack);
+    }
+    std::vector<unsigned> order = shuffled_range(grid.x);
+    for (unsigned b : order) {
+      blockIdx = dim3(b);
+      run_block();
+    }
+  }
+
+  // PYFAST_PPO_EMULATION_WITHOUT_BARRIER = "file.cu:line" leaves one out: a test has to notice.
+  void block_barrier(const char* file, int line) {
+    static const char* missing = std::getenv("PYFAST_PPO_EMULATION_WITHOUT_BARRIER");
+    if (missing != nullptr) {
+      const char* slash = std::strrchr(file, '/');
+      const std::string place = std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+      if (place == missing) return;
+    }
+    wait(State::kAtBlockBarrier);
+  }
+
+  uint64_t shuffle_xor(uint64_t value, int lane_mask) {
+    Fiber& fiber = fibers_[current_];
+    const unsigned turn = fiber.shuffles++ % 2;
+    const unsigned peer = current_ ^ static_cast<unsigned>(lane_mask);
+    fiber.shuffled[turn] = value;
+    wait(State::kAtWarpBarrier);
+    return fibers_[peer].shuffled[turn];
+  }
+
+ private:
+  void run_block() {
+    const unsigned n = blockDim.x;
+    for (unsigned i = 0; i < n; ++i) {
+      Fiber& fiber = fibers_[i];
+      fiber.state = State::kReady;
+      fiber.shuffles = 0;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Machine::enter, 0);
+    }
+    for (;;) {
+      bool any = false;
+      for (unsigned i : shuffled_range(n)) {
+        if (fibers_[i].state != State::kReady) continue;
+        any = true;
+        resume(i);
+      }
+      if (release(n)) continue;
+      if (any) continue;
+      const bool done =
+          std::all_of(fibers_.begin(), fibers_.begin() + n, [](const Fiber& f) { return f.state == State::kDone; });
+      if (done) return;
+      std::fprintf(stderr, "emulation: the threads of a block wait for each other at different barriers\n");
+      std::abort();
+    }
+  }
+
+  // Lets go the warps and the block that are complete at a barrier.
+  bool release(unsigned n) {
+    bool released = false;
+    for (unsigned first = 0; first < n; first += kWarp) {
+      const auto begin = fibers_.begin() + first, end = fibers_.begin() + std::min(first + kWarp, n);
+      if (!std::all_of(begin, end, [](const Fiber& f) { return f.state == State::kAtWarpBarrier; })) continue;
+      for (auto f = begin; f != end; ++f) f->state = State::kReady;
+      released = true;
+    }
+    bool waiting = false;
+    for (unsigned i = 0; i < n; ++i) {
+      if (fibers_[i].state == State::kReady || fibers_[i].state == State::kAtWarpBarrier) return released;
+      waiting = waiting || fibers_[i].state == State::kAtBlockBarrier;
+    }
+    if (!waiting) return released;
+    for (unsigned i = 0; i < n; ++i) {
+      if (fibers_[i].state == State::kAtBlockBarrier) fibers_[i].state = State::kReady;
+    }
+    return true;
+  }
+
+  void resume(unsigned i) {
+    current_ = i;
+    threadIdx = dim3(i);
+    Fiber& fiber = fibers_[i];
+    EMULATION_BEFORE_SWITCH(&scheduler_stack_, fiber.stack.get(), kStack);
+    swapcontext(&scheduler_, &fiber.context);
+    EMULATION_AFTER_SWITCH(scheduler_stack_, nullptr, nullptr);
+  }
+
+  void wait(State state) {
+    Fiber& fiber = fibers_[current_];
+    fiber.state = state;
+    EMULATION_BEFORE_SWITCH(&fiber.sanitizer_stack, scheduler_bottom_, scheduler_size_);
+    swapcontext(&fiber.context, &scheduler_);
+    EMULATION_AFTER_SWITCH(fiber.sanitizer_stack, nullptr, nullptr);
+  }
+
+  static void enter() {
+    Machine& machine = get();
+    EMULATION_AFTER_SWITCH(nullptr, &machine.scheduler_bottom_, &machine.scheduler_size_);
+    machine.kernel_();
+    Fiber& fiber = machine.fibers_[machine.current_];
+    fiber.state = State::kDone;
+    EMULATION_BEFORE_SWITCH(nullptr, machine.scheduler_bottom_, machine.scheduler_size_);
+    setcontext(&machine.scheduler_);
+  }
+
+  std::vector<unsigned> shuffled_range(unsigned n) {
+    std::vector<unsigned> order(n);
+    for (unsigned i = 0; i < n; ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), random_);
+    return order;
+  }
+
+  std::vector<Fiber> fibers_;
+  std::function<void()> kernel_;
+  ucontext_t scheduler_;
+  const void* scheduler_bottom_ = nullptr;
+  size_t scheduler_size_ = 0;
+  void* scheduler_stack_ = nullptr;
+  unsigned current_ = 0;
+  std::minstd_rand random_;
+};
+
+}  // namespace emulation
+
+// --- what kernels call -----------------------------------------------------------------------------------------------
+
+#define __syncthreads() (::emulation::Machine::get().block_barrier(__FILE__, __LINE__))
+
+inline void __threadfence() {}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int lane_mask) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof x);
+  bits = ::emulation::Machine::get().shuffle_xor(bits, lane_mask);
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
+
+template <class T>
+T atomicAdd(T* to, T x) {
+  const T before = *to;
+  *to += x;
+  return before;
+}
+
+template <class T>
+T atomicOr(T* to, T x) {
+  const T before = *to;
+  *to |= x;
+  return before;
+}
+
+using std::max;
+using std::min;
+
+// --- what the host calls ---------------------------------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInsufficientDriver = 35 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+struct cudaFuncAttributes {};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidConfiguration"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+
+// Few processors: then a block has several tiles even of small inputs.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  ::emulation::Machine::get().run(config->gridDim, config->blockDim, [=] { kernel(arguments...); });
+  return cudaSuccess;
+}
