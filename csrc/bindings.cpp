@@ -1,4 +1,4 @@
-// pyfast_ppo._C: pointers and sizes in, nothing else. No torch at build time: one binary serves every torch.
+// pyfast_ppo._C. No torch at build time: one binary serves every torch.
 #include "bindings.h"
 
 #include "cpu/gae.h"
@@ -10,8 +10,6 @@
 #include "cuda/bindings.h"
 #endif
 
-namespace py = pybind11;
-
 namespace {
 
 using namespace pyfast_ppo;
@@ -19,6 +17,9 @@ using namespace pyfast_ppo;
 using PyShape = std::tuple<int64_t, int64_t, bool, int>;  // N, A, use_double, num_threads
 
 GaussianShape shape(const PyShape& s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)}; }
+
+// For what the Gaussian functions take: a std may be a row [A] that all rows share.
+View row_or_matrix(py::handle tensor) { return view(tensor, true); }
 
 }  // namespace
 
@@ -31,49 +32,64 @@ PYBIND11_MODULE(_C, m) {
 #if defined(PYFAST_PPO_WITH_CUDA)
   pyfast_ppo::cuda::bind(m.def_submodule("cuda"));
 #endif
-  m.def("ppo_loss", [](const PyPpoLossSizes& sizes, const PyPpoLossInputs& inputs,
-                       const PyPpoLossCoefficients& coefficients, bool use_clipped_value_loss, bool kl_new_old,
-                       const PyPpoLossOutputs& outputs, bool use_double, int num_threads) {
+  m.def("plain_bits", &plain_bits);
+  m.def("ppo_loss", [](const std::tuple<int64_t, int64_t, int64_t>& sizes, const py::tuple& inputs,
+                       const py::tuple& coefficients, bool use_clipped_value_loss, bool kl_new_old,
+                       const py::tuple& outputs, bool use_double, int num_threads) {
     const PpoLossArgs args = ppo_loss_args(sizes, inputs, coefficients, use_clipped_value_loss, kl_new_old, outputs);
     py::gil_scoped_release release;
     ppo_loss(args, use_double, num_threads);
   });
-  m.def("gae", [](const PyGaeSizes& sizes, const PyGaeInputs& inputs, double gamma, double lam, bool normalize,
-                  const PyGaeOutputs& outputs, bool use_double, int num_threads) {
+  m.def("gae", [](const std::tuple<int64_t, int64_t>& sizes, const py::tuple& inputs, double gamma, double lam,
+                  bool normalize, const py::tuple& outputs, bool use_double, int num_threads) {
     const GaeArgs args = gae_args(sizes, inputs, gamma, lam, normalize, outputs);
     py::gil_scoped_release release;
     gae(args, use_double, num_threads);
   });
-  m.def("gaussian_log_prob",
-        [](const PyShape& s, const PyView& actions, const PyView& mean, const PyView& std, const PyOutput& out) {
-          py::gil_scoped_release release;
-          gaussian_log_prob(shape(s), view(actions), view(mean), view(std), output(out));
-        });
-  m.def("gaussian_log_prob_backward", [](const PyShape& s, const PyView& actions, const PyView& mean, const PyView& std,
-                                         const PyView& grad, const PyOutput& grad_mean, const PyOutput& grad_std) {
+  m.def("gaussian_log_prob", [](const PyShape& s, const py::object& actions, const py::object& mean,
+                                const py::object& std, const py::object& out) {
+    const View views[] = {row_or_matrix(actions), row_or_matrix(mean), row_or_matrix(std)};
+    const Output result = output(out);
     py::gil_scoped_release release;
-    gaussian_log_prob_backward(shape(s), view(actions), view(mean), view(std), view(grad), output(grad_mean),
-                               output(grad_std));
+    gaussian_log_prob(shape(s), views[0], views[1], views[2], result);
   });
-  m.def("gaussian_entropy", [](const PyShape& s, const PyView& std, const PyOutput& out) {
+  m.def("gaussian_log_prob_backward", [](const PyShape& s, const py::object& actions, const py::object& mean,
+                                         const py::object& std, const py::object& grad, const py::object& grad_mean,
+                                         const py::object& grad_std) {
+    const View views[] = {row_or_matrix(actions), row_or_matrix(mean), row_or_matrix(std)}, grad_view = view(grad);
+    const Output results[] = {output(grad_mean), output(grad_std)};
     py::gil_scoped_release release;
-    gaussian_entropy(shape(s), view(std), output(out));
+    gaussian_log_prob_backward(shape(s), views[0], views[1], views[2], grad_view, results[0], results[1]);
+  });
+  m.def("gaussian_entropy", [](const PyShape& s, const py::object& std, const py::object& out) {
+    const View views[] = {row_or_matrix(std)};
+    const Output result = output(out);
+    py::gil_scoped_release release;
+    gaussian_entropy(shape(s), views[0], result);
   });
   m.def("gaussian_entropy_backward",
-        [](const PyShape& s, const PyView& std, const PyView& grad, const PyOutput& grad_std) {
+        [](const PyShape& s, const py::object& std, const py::object& grad, const py::object& grad_std) {
+          const View views[] = {row_or_matrix(std)}, grad_view = view(grad);
+          const Output results[] = {output(grad_std)};
           py::gil_scoped_release release;
-          gaussian_entropy_backward(shape(s), view(std), view(grad), output(grad_std));
+          gaussian_entropy_backward(shape(s), views[0], grad_view, results[0]);
         });
-  m.def("gaussian_kl", [](const PyShape& s, const PyView& mean_p, const PyView& std_p, const PyView& mean_q,
-                          const PyView& std_q, const PyOutput& out) {
+  m.def("gaussian_kl", [](const PyShape& s, const py::object& mean_p, const py::object& std_p, const py::object& mean_q,
+                          const py::object& std_q, const py::object& out) {
+    const View views[] = {row_or_matrix(mean_p), row_or_matrix(std_p), row_or_matrix(mean_q), row_or_matrix(std_q)};
+    const Output result = output(out);
     py::gil_scoped_release release;
-    gaussian_kl(shape(s), view(mean_p), view(std_p), view(mean_q), view(std_q), output(out));
+    gaussian_kl(shape(s), views[0], views[1], views[2], views[3], result);
   });
-  m.def("gaussian_kl_backward",
-        [](const PyShape& s, const PyView& mean_p, const PyView& std_p, const PyView& mean_q, const PyView& std_q,
-           const PyView& grad, const PyOutput& grad_mean_p, const PyOutput& grad_std_p, const PyOutput& grad_std_q) {
-          py::gil_scoped_release release;
-          gaussian_kl_backward(shape(s), view(mean_p), view(std_p), view(mean_q), view(std_q), view(grad),
-                               output(grad_mean_p), output(grad_std_p), output(grad_std_q));
-        });
+  m.def("gaussian_kl_backward", [](const PyShape& s, const py::object& mean_p, const py::object& std_p,
+                                   const py::object& mean_q, const py::object& std_q, const py::object& grad,
+                                   const py::object& grad_mean_p, const py::object& grad_std_p,
+                                   const py::object& grad_std_q) {
+    const View views[] = {row_or_matrix(mean_p), row_or_matrix(std_p), row_or_matrix(mean_q), row_or_matrix(std_q)},
+               grad_view = view(grad);
+    const Output results[] = {output(grad_mean_p), output(grad_std_p), output(grad_std_q)};
+    py::gil_scoped_release release;
+    gaussian_kl_backward(shape(s), views[0], views[1], views[2], views[3], grad_view, results[0], results[1],
+                         results[2]);
+  });
 }

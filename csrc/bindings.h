@@ -1,50 +1,188 @@
-// How tensors and numbers come from Python: pointers and sizes. The caller keeps them alive and has checked shapes,
-// dtypes and devices (pyfast_ppo/ops).
+// How tensors and numbers come from Python: as torch's own objects, which are looked into through DLPack's C interface,
+// or where a torch has none through their Python methods. Nothing of torch is needed to build this. The caller has
+// checked shapes, dtypes and devices (pyfast_ppo/ops).
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <string>
 #include <tuple>
+#include <utility>
 
+#include "dlpack.h"
 #include "gae.h"
 #include "ppo_loss.h"
 #include "tensor.h"
 
 namespace pyfast_ppo {
 
-using PyView = std::tuple<uintptr_t, int, int64_t, int64_t>;  // address, dtype code, row stride, column stride
-using PyOutput = std::tuple<uintptr_t, int>;                  // address, dtype code
-using PyCoefficient = std::tuple<uintptr_t, int, double>;     // a number, or where one stands: address, dtype code
+namespace py = pybind11;
 
-inline View view(const PyView& v) {
-  return {reinterpret_cast<const void*>(std::get<0>(v)), static_cast<DType>(std::get<1>(v)), std::get<2>(v),
-          std::get<3>(v)};
+// What the kernels have to know of a torch.Tensor.
+struct TensorObject {
+  void* data;
+  DType dtype;
+  dlpack::Device device;               // its type is 0 where the tensor was read through its methods
+  int64_t dims, shape[2], strides[2];  // dims may be more, but only two are kept
+};
+
+// torch's own objects, looked up once.
+struct Torch {
+  PyObject *tensor_type, *parameter_type;
+  const dlpack::ExchangeApi* api = nullptr;  // null: this torch has none
+  std::array<std::pair<PyObject*, DType>, 6> dtypes;
+  PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* const stride = PyUnicode_InternFromString("stride");
+  PyObject* const shape = PyUnicode_InternFromString("shape");
+  PyObject* const dtype = PyUnicode_InternFromString("dtype");
+
+  static const Torch& get() {
+    static const Torch* const torch = new Torch();  // never freed: at exit Python is gone before it
+    return *torch;
+  }
+
+ private:
+  Torch() {
+    const py::module_ torch = py::module_::import("torch");
+    tensor_type = py::object(torch.attr("Tensor")).release().ptr();
+    parameter_type = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
+    const std::pair<const char*, DType> names[] = {{"float32", DType::kFloat32},   {"float64", DType::kFloat64},
+                                                   {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16},
+                                                   {"uint8", DType::kUInt8},       {"bool", DType::kUInt8}};
+    for (size_t i = 0; i < dtypes.size(); ++i) {
+      dtypes[i] = {py::object(torch.attr(names[i].first)).release().ptr(), names[i].second};
+    }
+    const py::object capsule = py::getattr(torch.attr("Tensor"), dlpack::kAttribute, py::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule)) return;
+    const auto* found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+    if (found->major_version == dlpack::kMajorVersion && found->tensor_from_object != nullptr) api = found;
+  }
+};
+
+inline bool dtype_of_code(dlpack::DataType type, DType* out) {
+  const auto is = [type](uint8_t code, uint8_t bits) { return type.code == code && type.bits == bits; };
+  if (is(dlpack::kFloat, 32)) return *out = DType::kFloat32, true;
+  if (is(dlpack::kFloat, 64)) return *out = DType::kFloat64, true;
+  if (is(dlpack::kBfloat, 16)) return *out = DType::kBFloat16, true;
+  if (is(dlpack::kFloat, 16)) return *out = DType::kFloat16, true;
+  if (is(dlpack::kUInt, 8) || is(dlpack::kBool, 8)) return *out = DType::kUInt8, true;
+  return false;
 }
 
-inline Output output(const PyOutput& o) {
-  return {reinterpret_cast<void*>(std::get<0>(o)), static_cast<DType>(std::get<1>(o))};
+// Without a Python call; false where that cannot be done.
+inline bool look_into(py::handle tensor, dlpack::Tensor* out) {
+  const Torch& torch = Torch::get();
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+  if (torch.api == nullptr || (type != torch.tensor_type && type != torch.parameter_type)) return false;
+  if (torch.api->tensor_from_object(tensor.ptr(), out) == 0) return true;
+  PyErr_Clear();
+  return false;
 }
 
-inline Coefficient coefficient(const PyCoefficient& c) {
-  return {reinterpret_cast<const void*>(std::get<0>(c)), static_cast<DType>(std::get<1>(c)), std::get<2>(c)};
+inline bool read_quickly(py::handle tensor, TensorObject* out) {
+  dlpack::Tensor found;
+  if (!look_into(tensor, &found) || !dtype_of_code(found.dtype, &out->dtype)) return false;
+  if (found.strides == nullptr && found.ndim > 0) return false;
+  out->data = static_cast<char*>(found.data) + found.byte_offset;
+  out->device = found.device;
+  out->dims = found.ndim;
+  for (int i = 0; i < 2; ++i) {
+    out->shape[i] = i < found.ndim ? found.shape[i] : 1;
+    out->strides[i] = i < found.ndim ? found.strides[i] : 1;
+  }
+  return true;
 }
 
-// What the loss takes, on any device.
-using PyPpoLossSizes = std::tuple<int64_t, int64_t, int64_t>;  // N, num_original, A
-using PyPpoLossInputs = std::array<PyView, 10>;                // in the order of PpoLossArgs
-using PyPpoLossCoefficients = std::array<PyCoefficient, 4>;    // clip_param, value_loss_coef, entropy_coef, kl_coef
-using PyPpoLossOutputs = std::array<PyOutput, 4>;              // metrics, grad_mean, grad_std, grad_values
+inline py::object own(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
 
-inline PpoLossArgs ppo_loss_args(const PyPpoLossSizes& sizes, const PyPpoLossInputs& inputs,
-                                 const PyPpoLossCoefficients& coefficients, bool use_clipped_value_loss,
-                                 bool kl_new_old, const PyPpoLossOutputs& outputs) {
+inline void* address_of(py::handle tensor) {
+  dlpack::Tensor found;
+  if (look_into(tensor, &found)) return static_cast<char*>(found.data) + found.byte_offset;
+  return PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(tensor.ptr(), Torch::get().data_ptr)).ptr());
+}
+
+inline TensorObject read_tensor(py::handle tensor) {
+  TensorObject out{};
+  if (read_quickly(tensor, &out)) return out;
+  const Torch& torch = Torch::get();
+  const py::object dtype = own(PyObject_GetAttr(tensor.ptr(), torch.dtype));
+  const auto* known = std::find_if(torch.dtypes.begin(), torch.dtypes.end(),
+                                   [&](const auto& entry) { return entry.first == dtype.ptr(); });
+  if (known == torch.dtypes.end()) throw py::type_error("no kernel takes a " + py::str(dtype).cast<std::string>());
+  out.dtype = known->second;
+  out.data = address_of(tensor);
+  const py::tuple strides = own(PyObject_CallMethodNoArgs(tensor.ptr(), torch.stride));
+  const py::tuple shape = own(PyObject_GetAttr(tensor.ptr(), torch.shape));
+  out.dims = static_cast<int64_t>(strides.size());
+  for (int i = 0; i < 2; ++i) {
+    out.shape[i] = i < out.dims ? shape[i].cast<int64_t>() : 1;
+    out.strides[i] = i < out.dims ? strides[i].cast<int64_t>() : 1;
+  }
+  return out;
+}
+
+// [N, A], [N], or nothing at all where it is None; shared_row: one dimension means a row [A] that all rows share.
+inline View view(py::handle tensor, bool shared_row = false) {
+  if (tensor.is_none()) return {};
+  const TensorObject t = read_tensor(tensor);
+  if (t.dims == 2) return {t.data, t.dtype, t.strides[0], t.strides[1]};
+  return {t.data, t.dtype, shared_row ? 0 : t.strides[0], shared_row ? t.strides[0] : 1};
+}
+
+inline Output output(py::handle tensor) {
+  const TensorObject t = read_tensor(tensor);
+  return {t.data, t.dtype};
+}
+
+inline Coefficient coefficient(py::handle value) {
+  if (PyFloat_Check(value.ptr())) return {nullptr, DType::kFloat64, PyFloat_AS_DOUBLE(value.ptr())};
+  const TensorObject t = read_tensor(value);
+  return {t.data, t.dtype, 0.0};
+}
+
+// Whether the loss's ten inputs, in the order of PpoLossArgs, are right and as kernels take them, so that there is
+// nothing to reshape and nothing to complain about: matrices [N, A], vectors [N] or [N, 1], stds [A] or contiguous
+// [N, A], floating point, on one device. 0: that is not so, or was not found out. Else 32 or 64: the bits of the
+// arithmetic.
+inline int plain_bits(const py::tuple& inputs) {
+  TensorObject t[10];
+  if (inputs.size() != 10) return 0;
+  int bits = 32;
+  for (size_t i = 0; i < 10; ++i) {
+    if (!read_quickly(inputs[i], &t[i]) || t[i].dtype == DType::kUInt8) return 0;
+    if (t[i].device.type != t[0].device.type || t[i].device.id != t[0].device.id) return 0;
+    if (t[i].dtype == DType::kFloat64) bits = 64;
+  }
+  const int64_t N = t[0].shape[0], A = t[0].shape[1];
+  const auto is_matrix = [&](const TensorObject& x) { return x.dims == 2 && x.shape[0] == N && x.shape[1] == A; };
+  const auto is_vector = [&](const TensorObject& x) {
+    return x.shape[0] == N && (x.dims == 1 || (x.dims == 2 && x.shape[1] == 1));
+  };
+  const auto is_std = [&](const TensorObject& x) {
+    return x.dims == 1 ? x.shape[0] == A : is_matrix(x) && x.strides[0] == A && x.strides[1] == 1;
+  };
+  const bool plain = N > 0 && A > 0 && is_matrix(t[0]) && is_std(t[1]) && is_vector(t[2]) && is_matrix(t[3]) &&
+                     is_vector(t[4]) && is_matrix(t[5]) && is_std(t[6]) && is_vector(t[7]) && is_vector(t[8]) &&
+                     is_vector(t[9]);
+  return plain ? bits : 0;
+}
+
+// What the loss takes, on any device: sizes (N, num_original, A), inputs in the order of PpoLossArgs, coefficients
+// (clip_param, value_loss_coef, entropy_coef, kl_coef), outputs (metrics, grad_mean, grad_std, grad_values).
+inline PpoLossArgs ppo_loss_args(const std::tuple<int64_t, int64_t, int64_t>& sizes, const py::tuple& inputs,
+                                 const py::tuple& coefficients, bool use_clipped_value_loss, bool kl_new_old,
+                                 const py::tuple& outputs) {
   PpoLossArgs args;
   std::tie(args.num_rows, args.num_original, args.num_actions) = sizes;
   View* const views[] = {&args.mean,     &args.std,     &args.values,     &args.actions, &args.old_log_prob,
                          &args.old_mean, &args.old_std, &args.advantages, &args.returns, &args.old_values};
-  for (size_t i = 0; i < inputs.size(); ++i) *views[i] = view(inputs[i]);
+  for (size_t i = 0; i < 10; ++i) *views[i] = view(inputs[i], views[i] == &args.std || views[i] == &args.old_std);
   args.clip_param = coefficient(coefficients[0]), args.value_loss_coef = coefficient(coefficients[1]);
   args.entropy_coef = coefficient(coefficients[2]), args.kl_coef = coefficient(coefficients[3]);
   args.use_clipped_value_loss = use_clipped_value_loss, args.kl_new_old = kl_new_old;
@@ -53,20 +191,16 @@ inline PpoLossArgs ppo_loss_args(const PyPpoLossSizes& sizes, const PyPpoLossInp
   return args;
 }
 
-// What the returns take, on any device.
-using PyGaeSizes = std::tuple<int64_t, int64_t>;  // T, E
-using PyGaeInputs = std::array<PyView, 6>;        // in the order of GaeArgs; address 0: there is none
-using PyGaeOutputs = std::array<uintptr_t, 2>;    // advantages, returns
-
-inline GaeArgs gae_args(const PyGaeSizes& sizes, const PyGaeInputs& inputs, double gamma, double lam, bool normalize,
-                        const PyGaeOutputs& outputs) {
+// What the returns take, on any device: sizes (T, E), inputs in the order of GaeArgs, outputs (advantages, returns).
+inline GaeArgs gae_args(const std::tuple<int64_t, int64_t>& sizes, const py::tuple& inputs, double gamma, double lam,
+                        bool normalize, const py::tuple& outputs) {
   GaeArgs args;
   std::tie(args.num_steps, args.num_envs) = sizes;
   View* const views[] = {&args.rewards,     &args.values,    &args.dones,
                          &args.last_values, &args.time_outs, &args.final_values};
-  for (size_t i = 0; i < inputs.size(); ++i) *views[i] = view(inputs[i]);
+  for (size_t i = 0; i < 6; ++i) *views[i] = view(inputs[i], views[i] == &args.last_values);
   args.gamma = gamma, args.lam = lam, args.normalize = normalize;
-  args.advantages = reinterpret_cast<void*>(outputs[0]), args.returns = reinterpret_cast<void*>(outputs[1]);
+  args.advantages = address_of(outputs[0]), args.returns = address_of(outputs[1]);
   return args;
 }
 

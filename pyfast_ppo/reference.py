@@ -84,10 +84,10 @@ def ppo_loss(
     use_clipped_value_loss: bool,
     kl_new_old: bool,
     num_original: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The loss of rsl_rl's ``PPO.update`` plus ``kl_coef`` times the KL: (loss, metrics [9] as in ``METRICS``)."""
     inputs = (mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values)
-    dtype = arithmetic_dtype(*inputs)
     mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values = (
         savable(t).to(dtype) for t in inputs
     )

@@ -21,6 +21,7 @@ struct Terms {
 
 struct LogProb {
   static constexpr int kInputs = 3, kGradients = 2;
+  static constexpr int kStdOf[] = {-1, 2};  // the input that a gradient belongs to, if that may be a shared row
   static constexpr double kConstant = -kHalfLog2Pi;
   template <class T>
   __device__ static Terms<T> terms(const T (&in)[kMost]) {
@@ -31,6 +32,7 @@ struct LogProb {
 
 struct Entropy {
   static constexpr int kInputs = 1, kGradients = 1;
+  static constexpr int kStdOf[] = {-1};
   static constexpr double kConstant = kHalfLog2PiE;
   template <class T>
   __device__ static Terms<T> terms(const T (&in)[kMost]) {
@@ -40,6 +42,7 @@ struct Entropy {
 
 struct Kl {
   static constexpr int kInputs = 4, kGradients = 3;
+  static constexpr int kStdOf[] = {-1, 1, 3};
   static constexpr double kConstant = 0.0;
   template <class T>
   __device__ static Terms<T> terms(const T (&in)[kMost]) {
@@ -150,12 +153,13 @@ void run(const GaussianShape& shape, const View* inputs, const Output& out, cons
 
 template <class Function>
 void run_backward(const GaussianShape& shape, const View* inputs, const View& grad, const Output* gradients,
-                  const bool* of_shared_row, const Stream& stream) {
+                  const Stream& stream) {
   Call call = make_call<Function>(shape, inputs);
   call.grad = grad;
   for (int i = 0; i < Function::kGradients; ++i) {
     call.gradients[i] = gradients[i];
-    call.of_shared_row[i] = of_shared_row[i];
+    const int std = Function::kStdOf[i];
+    call.of_shared_row[i] = std >= 0 && inputs[std].row_stride == 0;
   }
   const auto kernel =
       shape.use_double ? gaussian_backward_kernel<Function, double> : gaussian_backward_kernel<Function, float>;
@@ -175,11 +179,11 @@ void gaussian(Gaussian function, const GaussianShape& shape, const View* inputs,
 }
 
 void gaussian_backward(Gaussian function, const GaussianShape& shape, const View* inputs, const View& grad,
-                       const Output* gradients, const bool* of_shared_row, const Stream& stream) {
+                       const Output* gradients, const Stream& stream) {
   const auto run_it = function == Gaussian::kLogProb   ? run_backward<LogProb>
                       : function == Gaussian::kEntropy ? run_backward<Entropy>
                                                        : run_backward<Kl>;
-  run_it(shape, inputs, grad, gradients, of_shared_row, stream);
+  run_it(shape, inputs, grad, gradients, stream);
 }
 
 }  // namespace pyfast_ppo::cuda

@@ -23,10 +23,10 @@ enum class Gaussian {
 void gaussian(Gaussian function, const GaussianShape& shape, const View* inputs, const Output& out,
               const Stream& stream);
 
-// grad: [N]. A gradient is [N, A], or, of a shared row, [gaussian_blocks(shape), A]: sums over the rows of each block,
-// to be added up.
+// grad: [N]. A gradient is [N, A], or, of a std that is a shared row, [gaussian_blocks(shape), A]: sums over the rows
+// of each block, to be added up.
 int64_t gaussian_blocks(const GaussianShape& shape);
 void gaussian_backward(Gaussian function, const GaussianShape& shape, const View* inputs, const View& grad,
-                       const Output* gradients, const bool* of_shared_row, const Stream& stream);
+                       const Output* gradients, const Stream& stream);
 
 }  // namespace pyfast_ppo::cuda

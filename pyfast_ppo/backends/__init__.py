@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+from pyfast_ppo.backends import _extension
 
 PREFERENCE = ("cuda", "triton", "cpu", "eager")
 """Fastest first: the order in which ``backend=None`` looks for one."""
@@ -43,6 +46,16 @@ def status() -> list[BackendStatus]:
         rows.append(BackendStatus(name, reason is None, reason, "" if reason else _module(name).detail()))
     return rows
 
+
+def plain_dtype(inputs: tuple[Tensor, ...]) -> torch.dtype | None:
+    """The dtype of the arithmetic, if the loss's ten tensors are right and just as every backend takes them.
+
+    None is no verdict: then they have to be looked at one by one.
+    """
+    return _DTYPE_OF_BITS[_extension.plain_bits(inputs)]
+
+
+_DTYPE_OF_BITS = {0: None, 32: torch.float32, 64: torch.float64}
 
 _selected: dict[tuple[str | None, str, torch.dtype], ModuleType] = {}
 

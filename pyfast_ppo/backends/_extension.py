@@ -7,6 +7,7 @@ looked for there, too.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -16,6 +17,7 @@ from types import ModuleType
 from pyfast_ppo._version import __version__
 
 
+@functools.cache
 def load() -> tuple[ModuleType | None, str | None]:
     """(the extension, None) or (None, why there is none)."""
     try:
@@ -49,3 +51,12 @@ def _load_installed() -> tuple[ModuleType | None, str | None]:
     sys.modules["pyfast_ppo._C"] = module
     spec.loader.exec_module(module)
     return module, None
+
+
+def plain_bits(inputs: tuple) -> int:
+    """See csrc/bindings.h. Without the extension 0: not known."""
+    return 0
+
+
+if load()[0] is not None:
+    plain_bits = load()[0].plain_bits

@@ -10,6 +10,7 @@ class Scratch:
     """Partial sums of a launch, and the counter by which its last block knows itself: 0 between launches."""
 
     def __init__(self, device: torch.device, size: int, dtype: torch.dtype) -> None:
+        self.size = size
         self.partials: Tensor = torch.empty(size, dtype=dtype, device=device)
         self.counter: Tensor = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -27,7 +28,7 @@ class ScratchPool:
             return Scratch(device, size, dtype)
         key = (device, current_stream(device), dtype)
         scratch = self.kept.get(key)
-        if scratch is None or scratch.partials.numel() < size:
+        if scratch is None or scratch.size < size:
             scratch = self.kept[key] = Scratch(device, size, dtype)
         return scratch
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyfast_ppo.backends import _extension
-from pyfast_ppo.backends import _views as views
+from pyfast_ppo.backends._outputs import gradient_of, gradient_of_both
 from pyfast_ppo.reference import METRICS, arithmetic_dtype
 
 name = "cpu"
@@ -44,22 +44,19 @@ def ppo_loss(
     use_clipped_value_loss: bool,
     kl_new_old: bool,
     num_original: int,
+    dtype: torch.dtype,  # of the arithmetic
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(metrics, grad_mean, grad_std, grad_values)."""
-    dtype = arithmetic_dtype(
-        mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values
-    )
+    inputs = (mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values)
     metrics = torch.empty(len(METRICS), dtype=dtype)
-    grad_mean, grad_std, grad_values = views.empty_like(mean), views.empty_like(std), views.empty_like(values)
+    grad_mean, grad_std, grad_values = gradient_of(mean), gradient_of(std), gradient_of(values)
     _C.ppo_loss(
         (mean.shape[0], num_original, mean.shape[1]),
-        views.ppo_loss_inputs(
-            mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values
-        ),
-        tuple(map(views.coefficient, (clip_param, value_loss_coef, entropy_coef, kl_coef))),
+        inputs,
+        (clip_param, value_loss_coef, entropy_coef, kl_coef),
         use_clipped_value_loss,
         kl_new_old,
-        tuple(map(views.output, (metrics, grad_mean, grad_std, grad_values))),
+        (metrics, grad_mean, grad_std, grad_values),
         dtype == torch.float64,
         torch.get_num_threads(),
     )
@@ -83,11 +80,11 @@ def gae(
     returns = torch.empty(rewards.shape, dtype=dtype)
     _C.gae(
         tuple(rewards.shape),
-        views.gae_inputs(rewards, values, dones, last_values, time_outs, final_values),
+        (rewards, values, dones, last_values, time_outs, final_values),
         gamma,
         lam,
         normalize,
-        (advantages.data_ptr(), returns.data_ptr()),
+        (advantages, returns),
         dtype == torch.float64,
         torch.get_num_threads(),
     )
@@ -102,23 +99,21 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """[N, A], [N, A], [A] or [N, A] -> [N]."""
     dtype = arithmetic_dtype(actions, mean, std)
     out = torch.empty(mean.shape[0], dtype=dtype)
-    _C.gaussian_log_prob(
-        _shape(*mean.shape, dtype), views.view(actions), views.view(mean), views.row_or_matrix(std), views.output(out)
-    )
+    _C.gaussian_log_prob(_shape(*mean.shape, dtype), actions, mean, std, out)
     return out
 
 
 def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
     """(grad_actions, grad_mean, grad_std)."""
-    grad_mean, grad_std = views.empty_for(mean, actions), views.empty_like(std)
+    grad_mean, grad_std = gradient_of_both(mean, actions), gradient_of(std)
     _C.gaussian_log_prob_backward(
         _shape(*mean.shape, arithmetic_dtype(actions, mean, std)),
-        views.view(actions),
-        views.view(mean),
-        views.row_or_matrix(std),
-        views.view(grad),
-        views.output(grad_mean),
-        views.output(grad_std),
+        actions,
+        mean,
+        std,
+        grad,
+        grad_mean,
+        grad_std,
     )
     return (-grad_mean).to(actions.dtype), grad_mean.to(mean.dtype), grad_std
 
@@ -126,16 +121,14 @@ def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std:
 def gaussian_entropy(std: Tensor) -> Tensor:
     """[N, A] -> [N]."""
     out = torch.empty(std.shape[0], dtype=arithmetic_dtype(std))
-    _C.gaussian_entropy(_shape(*std.shape, out.dtype), views.view(std), views.output(out))
+    _C.gaussian_entropy(_shape(*std.shape, out.dtype), std, out)
     return out
 
 
 def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor]:
     """(grad_std,)."""
-    grad_std = views.empty_like(std)
-    _C.gaussian_entropy_backward(
-        _shape(*std.shape, arithmetic_dtype(std)), views.view(std), views.view(grad), views.output(grad_std)
-    )
+    grad_std = gradient_of(std)
+    _C.gaussian_entropy_backward(_shape(*std.shape, arithmetic_dtype(std)), std, grad, grad_std)
     return (grad_std,)
 
 
@@ -145,11 +138,11 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     out = torch.empty(mean_p.shape[0], dtype=dtype)
     _C.gaussian_kl(
         _shape(*mean_p.shape, dtype),
-        views.view(mean_p),
-        views.row_or_matrix(std_p),
-        views.view(mean_q),
-        views.row_or_matrix(std_q),
-        views.output(out),
+        mean_p,
+        std_p,
+        mean_q,
+        std_q,
+        out,
     )
     return out
 
@@ -158,17 +151,17 @@ def gaussian_kl_backward(
     grad: Tensor, mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor
 ) -> tuple[Tensor, ...]:
     """(grad_mean_p, grad_std_p, grad_mean_q, grad_std_q)."""
-    grad_mean_p = views.empty_for(mean_p, mean_q)
-    grad_std_p, grad_std_q = views.empty_like(std_p), views.empty_like(std_q)
+    grad_mean_p = gradient_of_both(mean_p, mean_q)
+    grad_std_p, grad_std_q = gradient_of(std_p), gradient_of(std_q)
     _C.gaussian_kl_backward(
         _shape(*mean_p.shape, arithmetic_dtype(mean_p, std_p, mean_q, std_q)),
-        views.view(mean_p),
-        views.row_or_matrix(std_p),
-        views.view(mean_q),
-        views.row_or_matrix(std_q),
-        views.view(grad),
-        views.output(grad_mean_p),
-        views.output(grad_std_p),
-        views.output(grad_std_q),
+        mean_p,
+        std_p,
+        mean_q,
+        std_q,
+        grad,
+        grad_mean_p,
+        grad_std_p,
+        grad_std_q,
     )
     return grad_mean_p.to(mean_p.dtype), grad_std_p, (-grad_mean_p).to(mean_q.dtype), grad_std_q

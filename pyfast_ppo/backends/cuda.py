@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfast_ppo.backends import _extension
-from pyfast_ppo.backends import _views as views
+from pyfast_ppo.backends._outputs import gradient_of, gradient_of_both
 from pyfast_ppo.backends._scratch import ScratchPool, current_stream
 from pyfast_ppo.reference import METRICS, arithmetic_dtype
 
@@ -65,28 +65,29 @@ def ppo_loss(
     use_clipped_value_loss: bool,
     kl_new_old: bool,
     num_original: int,
+    dtype: torch.dtype,  # of the arithmetic
     row_index: Tensor | None = None,  # [N], int64, contiguous
     keep_scratch: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(metrics, grad_mean, grad_std, grad_values)."""
     inputs = (mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values)
-    dtype = arithmetic_dtype(*inputs)
     device = mean.device
     num_rows, num_actions = mean.shape
     stream = _stream(device)
     scratch = _scratch.get(device, _num_partials(num_actions, stream[0]), dtype, keep_scratch)
     metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
-    grads = views.empty_like(mean), views.empty_like(std), views.empty_like(values)
+    grads = gradient_of(mean), gradient_of(std), gradient_of(values)
     _cuda.ppo_loss(
         (num_rows, num_original, num_actions),
-        views.ppo_loss_inputs(*inputs),
-        tuple(map(views.coefficient, (clip_param, value_loss_coef, entropy_coef, kl_coef))),
+        inputs,
+        (clip_param, value_loss_coef, entropy_coef, kl_coef),
         use_clipped_value_loss,
         kl_new_old,
-        tuple(map(views.output, (metrics, *grads))),
+        (metrics, *grads),
         dtype == torch.float64,
-        (0, 0) if row_index is None else (row_index.data_ptr(), actions.shape[0]),
-        (scratch.partials.data_ptr(), scratch.counter.data_ptr()),
+        row_index,
+        actions.shape[0],
+        (scratch.partials, scratch.counter),
         stream,
     )
     return metrics, *grads
@@ -116,13 +117,13 @@ def gae(
     moments = torch.empty(num_moments, dtype=dtype, device=rewards.device)
     _cuda.gae(
         tuple(rewards.shape),
-        views.gae_inputs(rewards, values, dones, last_values, time_outs, final_values),
+        (rewards, values, dones, last_values, time_outs, final_values),
         gamma,
         lam,
         normalize,
-        (advantages.data_ptr(), returns.data_ptr()),
+        (advantages, returns),
         dtype == torch.float64,
-        moments.data_ptr(),
+        moments,
         _stream(rewards.device),
     )
     return advantages, returns
@@ -178,7 +179,7 @@ def _shape(inputs: tuple[Tensor, ...]) -> tuple[int, int, bool]:
 def _row_sums(function, inputs: tuple[Tensor, ...]) -> Tensor:
     shape = _shape(inputs)
     out = torch.empty(shape[0], dtype=arithmetic_dtype(*inputs), device=inputs[0].device)
-    function(shape, tuple(map(views.row_or_matrix, inputs)), views.output(out), _stream(out.device))
+    function(shape, inputs, out, _stream(out.device))
     return out
 
 
@@ -196,14 +197,6 @@ def _gradients(
         if t.dim() == 1:  # partial sums, one row per block
             outputs.append(torch.empty(_cuda.gaussian_blocks(shape), shape[1], dtype=dtype, device=t.device))
         else:
-            outputs.append(views.empty_like(t) if other is None else views.empty_for(t, other))
-    shared = [t.dim() == 1 for t in of]
-    function(
-        shape,
-        tuple(map(views.row_or_matrix, inputs)),
-        views.view(grad),
-        tuple(map(views.output, outputs)),
-        (*shared, *(False,) * (3 - len(shared))),
-        _stream(grad.device),
-    )
+            outputs.append(gradient_of(t) if other is None else gradient_of_both(t, other))
+    function(shape, inputs, grad, tuple(outputs), _stream(grad.device))
     return tuple(o.sum(0).to(t.dtype) if t.dim() == 1 else o for o, t in zip(outputs, of, strict=True))

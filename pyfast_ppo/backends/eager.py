@@ -28,6 +28,7 @@ def ppo_loss(
     """(metrics, grad_mean, grad_std, grad_values); arguments as ``reference.ppo_loss``."""
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [reference.savable(t.detach()).requires_grad_() for t in (mean, std, values)]
+        rest = [t.detach() if isinstance(t, Tensor) else t for t in rest]
         loss, metrics = reference.ppo_loss(*leaves, *rest)
         grads = torch.autograd.grad(loss, leaves)
     return metrics, *grads

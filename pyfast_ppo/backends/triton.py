@@ -118,6 +118,7 @@ def ppo_loss(
     use_clipped_value_loss: bool,
     kl_new_old: bool,
     num_original: int,
+    dtype: torch.dtype,  # of the arithmetic: float32
     keep_scratch: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(metrics, grad_mean, grad_std, grad_values)."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,27 +16,78 @@ from pyfast_ppo.ops._library import LIBRARY
 KL_DIRECTIONS = ("old_new", "new_old")
 
 
-class PPOLossOutput(NamedTuple):
-    """What ``ppo_loss`` returns: 0-dim tensors on the device of the inputs. Only ``loss`` carries a gradient."""
+class PPOLossOutput:
+    """What ``ppo_loss`` returns: 0-dim tensors on the device of the inputs. Only ``loss`` carries a gradient.
 
-    loss: Tensor
-    """surrogate + value_loss_coef · value_loss - entropy_coef · entropy + kl_coef · kl"""
-    surrogate: Tensor
-    """Mean over all rows of max(-A·r, -A·clamp(r, 1 - ε, 1 + ε))."""
-    value_loss: Tensor
-    """Mean over all rows of the (clipped) squared error, without a factor ½."""
-    entropy: Tensor
-    """Mean entropy of the new policy over the original rows, in nats."""
-    kl: Tensor
-    """Mean exact KL in ``kl_direction`` over the original rows, in nats."""
-    approx_kl: Tensor
-    """Mean over all rows of (r - 1) - log r, Schulman's k3 estimate of KL(old‖new)."""
-    clip_fraction: Tensor
-    """Share of all rows whose ratio lies outside [1 - ε, 1 + ε]."""
-    max_ratio: Tensor
-    """The largest ratio; at most e²⁰, because the log-ratio is clamped to ±20 inside exp."""
-    nonfinite: Tensor
-    """Number of rows with an input or a log-ratio that is not finite, or a std that is not positive."""
+    By name, or as a sequence in the order of ``_fields``. A tensor is made when it is asked for: making all of them
+    would cost as much as launching the kernel.
+    """
+
+    _fields = reference.METRICS
+
+    def __init__(self, loss: Tensor | None, metrics: Tensor) -> None:
+        """``metrics``: [9], as every backend returns them; ``loss``: the one with a gradient, or None."""
+        self._loss = loss
+        self._metrics = metrics
+
+    @property
+    def loss(self) -> Tensor:
+        """surrogate + value_loss_coef · value_loss - entropy_coef · entropy + kl_coef · kl"""
+        return self._metrics[0] if self._loss is None else self._loss
+
+    @property
+    def surrogate(self) -> Tensor:
+        """Mean over all rows of max(-A·r, -A·clamp(r, 1 - ε, 1 + ε))."""
+        return self._metrics[1]
+
+    @property
+    def value_loss(self) -> Tensor:
+        """Mean over all rows of the (clipped) squared error, without a factor ½."""
+        return self._metrics[2]
+
+    @property
+    def entropy(self) -> Tensor:
+        """Mean entropy of the new policy over the original rows, in nats."""
+        return self._metrics[3]
+
+    @property
+    def kl(self) -> Tensor:
+        """Mean exact KL in ``kl_direction`` over the original rows, in nats."""
+        return self._metrics[4]
+
+    @property
+    def approx_kl(self) -> Tensor:
+        """Mean over all rows of (r - 1) - log r, Schulman's k3 estimate of KL(old‖new)."""
+        return self._metrics[5]
+
+    @property
+    def clip_fraction(self) -> Tensor:
+        """Share of all rows whose ratio lies outside [1 - ε, 1 + ε]."""
+        return self._metrics[6]
+
+    @property
+    def max_ratio(self) -> Tensor:
+        """The largest ratio; at most e²⁰, because the log-ratio is clamped to ±20 inside exp."""
+        return self._metrics[7]
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of rows with an input or a log-ratio that is not finite, or a std that is not positive."""
+        return self._metrics[8]
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __getitem__(self, index: int | slice) -> Tensor | tuple[Tensor, ...]:
+        return tuple(self)[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.loss
+        yield from self._metrics.unbind()[1:]
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value}" for name, value in zip(self._fields, self, strict=True))
+        return f"PPOLossOutput({fields})"
 
 
 class _Call(NamedTuple):
@@ -60,6 +110,7 @@ class _Call(NamedTuple):
     use_clipped_value_loss: bool
     kl_new_old: bool
     num_original: int
+    dtype: torch.dtype  # of the arithmetic
     row_index: Tensor | None  # [N]
 
 
@@ -136,16 +187,16 @@ def ppo_loss(
     if torch.compiler.is_compiling():
         if _is_eager(backend, mean.device.type):  # the compiler sees the formula itself, and fuses it
             loss, metrics = reference.ppo_loss(*_gathered(call))
-            return PPOLossOutput(loss, *metrics.unbind()[1:])
+            return PPOLossOutput(loss, metrics)
         loss, metrics, *_ = torch.ops.pyfast_ppo.ppo_loss(*_to_op(_gathered(call)), backend)
-        return PPOLossOutput(loss, *metrics.detach().unbind()[1:])
-    run = _select(backend, call)
+        return PPOLossOutput(loss, metrics.detach())
+    run = backends.select(backend, call.mean.device, call.dtype)
     arguments_of_run = call if run.GATHERS else _gathered(call)
     if torch.is_grad_enabled() and (call.mean.requires_grad or call.std.requires_grad or call.values.requires_grad):
         loss, metrics = _PPOLoss.apply(*call[:3], run, arguments_of_run[3:])
-        return PPOLossOutput(loss, *metrics.unbind()[1:])
+        return PPOLossOutput(loss, metrics)
     metrics, *_ = run.ppo_loss(*arguments_of_run)
-    return PPOLossOutput(*metrics.unbind())
+    return PPOLossOutput(None, metrics)
 
 
 def ppo_loss_and_grad(
@@ -183,13 +234,18 @@ def ppo_loss_and_grad(
     if torch.compiler.is_compiling() and not _is_eager(backend, mean.device.type):
         _, *outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(_gathered(call)), backend)
     else:
-        run = _select(backend, call)
+        run = backends.select(backend, call.mean.device, call.dtype)
         outputs = run.ppo_loss(*(call if run.GATHERS else _gathered(call)))
     metrics, grad_mean, grad_std, grad_values = outputs
     if std.dim() > 1 and grad_std.dim() == 1:
         grad_std = arguments.spread_over_rows(grad_std, std.shape)
-    grads = (_shaped(grad_mean, mean), _shaped(grad_std, std), _shaped(grad_values, values))
-    return PPOLossOutput(*metrics.unbind()), grads
+    if call.mean is not mean or call.std is not std or call.values is not values:
+        grad_mean, grad_std, grad_values = (
+            grad_mean.view(mean.shape),
+            grad_std.view(std.shape),
+            grad_values.view(values.shape),
+        )
+    return PPOLossOutput(None, metrics), (grad_mean, grad_std, grad_values)
 
 
 def ppo_loss_reference(
@@ -219,7 +275,7 @@ def ppo_loss_reference(
         value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original, row_index,
     )  # fmt: skip
     loss, metrics = reference.ppo_loss(*_gathered(call))
-    return PPOLossOutput(loss, *metrics.unbind()[1:])
+    return PPOLossOutput(loss, metrics)
 
 
 def _prepare(
@@ -227,6 +283,13 @@ def _prepare(
     value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original, row_index,
 ) -> _Call:  # fmt: skip
     """Checks every argument and makes the tensors flat."""
+    inputs = (mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values)
+    numbers = (clip_param, value_loss_coef, entropy_coef, kl_coef)
+    use_clipped_value_loss, kl_new_old = bool(use_clipped_value_loss), kl_direction == "new_old"
+    if _is_plain(numbers, kl_direction, num_original, row_index):
+        dtype = backends.plain_dtype(inputs)
+        if dtype is not None:  # the common case, at a fraction of the cost of what follows
+            return _Call(*inputs, *numbers, use_clipped_value_loss, kl_new_old, mean.shape[0], dtype, None)
     leading = arguments.check_matrix("mean", mean)
     device, shape = mean.device, mean.shape
     num_rows = leading.numel()
@@ -268,10 +331,23 @@ def _prepare(
         value_loss_coef=arguments.coefficient("value_loss_coef", value_loss_coef, device),
         entropy_coef=arguments.coefficient("entropy_coef", entropy_coef, device),
         kl_coef=arguments.coefficient("kl_coef", kl_coef, device),
-        use_clipped_value_loss=bool(use_clipped_value_loss),
-        kl_new_old=kl_direction == "new_old",
+        use_clipped_value_loss=use_clipped_value_loss,
+        kl_new_old=kl_new_old,
         num_original=num_original,
+        dtype=reference.arithmetic_dtype(*inputs),
         row_index=row_index,
+    )
+
+
+def _is_plain(numbers: tuple, kl_direction: str, num_original: int | None, row_index: Tensor | None) -> bool:
+    """Whether all that is no tensor is right, and no tensor where a number may stand."""
+    return (
+        num_original is None
+        and row_index is None
+        and all(type(number) is float for number in numbers)
+        and numbers[0] >= 0.0
+        and kl_direction in KL_DIRECTIONS
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -283,10 +359,6 @@ def _gathered(call: _Call) -> tuple:
     if call.old_std.dim() == 2:  # else one row for all
         names.append("old_std")
     return call._replace(**{name: getattr(call, name).index_select(0, call.row_index) for name in names})[:-1]
-
-
-def _select(backend: str | None, call: Sequence) -> ModuleType:
-    return backends.select(backend, call[0].device, reference.arithmetic_dtype(*call[:_NUM_TENSORS]))
 
 
 @torch.compiler.assume_constant_result
@@ -306,10 +378,6 @@ def _scalable(t: Tensor) -> Tensor:
 
 def _either(t: Tensor, first: torch.Size, second: torch.Size) -> torch.Size:
     return first if isinstance(t, Tensor) and t.shape == first else second
-
-
-def _shaped(grad: Tensor, of: Tensor) -> Tensor:
-    return grad if grad.shape == of.shape else grad.view(of.shape)
 
 
 class _PPOLoss(torch.autograd.Function):
@@ -362,16 +430,17 @@ def _to_op(call: tuple) -> tuple:
     pairs = []
     for value in call[_NUM_TENSORS : _NUM_TENSORS + len(_COEFFICIENTS)]:
         pairs += (value, 0.0) if isinstance(value, Tensor) else (None, value)
-    return (*call[:_NUM_TENSORS], *pairs, *call[_NUM_TENSORS + len(_COEFFICIENTS) :])
+    return (*call[:_NUM_TENSORS], *pairs, *call[_NUM_TENSORS + len(_COEFFICIENTS) : -1])  # without the dtype
 
 
 def _op(*args):
     *inputs, use_clipped_value_loss, kl_new_old, num_original, backend = args
     pairs = inputs[_NUM_TENSORS:]
     coefficients = [pairs[i + 1] if pairs[i] is None else pairs[i] for i in range(0, len(pairs), 2)]
-    run = _select(backend, inputs)
+    dtype = reference.arithmetic_dtype(*inputs[:_NUM_TENSORS])
+    run = backends.select(backend, inputs[0].device, dtype)
     ppo_loss = getattr(run, "ppo_loss_for_compile", run.ppo_loss)
-    outputs = ppo_loss(*inputs[:_NUM_TENSORS], *coefficients, use_clipped_value_loss, kl_new_old, num_original)
+    outputs = ppo_loss(*inputs[:_NUM_TENSORS], *coefficients, use_clipped_value_loss, kl_new_old, num_original, dtype)
     return outputs[0][0].clone(), *outputs
 
 

@@ -524,7 +524,7 @@ def test_each_instruction_set(tmp_path: Path, isa: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"({isa})" in json.loads(done.stdout)[0]
     for (inputs, options), (out, grads) in zip(cases, torch.load(tmp_path / "outputs.pt"), strict=True):
-        got = pyfast_ppo.PPOLossOutput(*out)
+        got = pyfast_ppo.PPOLossOutput(out[0], torch.stack(out))
         assert_matches(got, dict(zip(DIFFERENTIABLE, grads, strict=True)), inputs, **options)
 
 

@@ -69,7 +69,10 @@ class Machine {
     return machine;
   }
 
+  bool idle = false;  // launches are taken, and nothing runs
+
   void run(dim3 grid, dim3 block, std::function<void()> kernel) {
+    if (idle) return;
     kernel_ = std::move(kernel);
     gridDim = grid;
     blockDim = block;
