@@ -548,7 +548,6 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
       }
     }
   }
-  __syncthreads();
   leave_sums(call, shared, sums);
   if (is_last_block(call.counter)) finish(call, shared, shared_std, true, 0.0);
 }

@@ -31,7 +31,7 @@ __device__ __forceinline__ T warp_max(T x) {
 // counter is 0 before the launch and after it, so that a captured graph can be replayed.
 __device__ __forceinline__ bool is_last_block(unsigned* counter) {
   __shared__ bool last;
-  __syncthreads();
+  __syncthreads();  // after what every thread of this block has written
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicAdd(counter, 1u) == gridDim.x - 1;

@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
-FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC / 'cpu'}", f"-I{HERE}"]
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", f"-I{CSRC / 'cpu'}", f"-I{HERE}"]
 
 
 def run_compiler(*arguments: object) -> None:
@@ -34,9 +34,9 @@ def build() -> Callable[..., Path]:
     """``build(target, sources, flags)`` compiles several sources at a time and links them."""
 
     def compile_and_link(target: Path, sources: list[Path], flags: list[str]) -> Path:
-        objects = [target.parent / f"{source.stem}.o" for source in sources]
+        objects = [target.parent / f"{source.name}.o" for source in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda s, o: run_compiler(*flags, "-c", s, "-o", o), sources, objects))
+            list(pool.map(lambda s, o: run_compiler(*flags, "-x", "c++", "-c", s, "-o", o), sources, objects))
         run_compiler(*flags, *objects, "-o", target, "-pthread", "-ldl")
         return target
 

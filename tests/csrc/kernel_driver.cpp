@@ -1,7 +1,8 @@
-// Runs every CPU kernel on random arguments, for test_sanitizers.py: buffers end at the last element that a kernel may
-// touch, so that the sanitizer sees any other access; each element of each output must have been written.
+// Runs every kernel on random arguments, for test_sanitizers.py and test_cuda_kernels.py: buffers end at the last
+// element that a kernel may touch, so that the sanitizer sees any other access; each element of each output must have
+// been written. The CPU's kernels, or with PYFAST_PPO_EMULATED_CUDA the GPU's on the CPU.
 //
-//   kernel_driver random SEED CASES MAX_THREADS   random arguments
+//   kernel_driver random SEED CASES MAX_THREADS   random arguments; prints a hash of all that was written
 //   kernel_driver short KERNEL BUFFER             one case, in which that buffer is one element too short: must be
 //   caught kernel_driver names                           the buffers of every kernel, one "KERNEL BUFFER" a line
 #include <cstdio>
@@ -12,9 +13,13 @@
 #include <string>
 #include <vector>
 
-#include "gae.h"
-#include "gaussian.h"
-#include "ppo_loss.h"
+#if defined(PYFAST_PPO_EMULATED_CUDA)
+#include "cuda_calls.h"
+#else
+#include "cpu/gae.h"
+#include "cpu/gaussian.h"
+#include "cpu/ppo_loss.h"
+#endif
 
 namespace {
 
@@ -22,6 +27,8 @@ using namespace pyfast_ppo;
 
 constexpr int kBytes[] = {4, 8, 2, 2, 1};   // by DType
 constexpr unsigned char kUnwritten = 0xff;  // a NaN of any type that no arithmetic yields
+
+uint64_t written_hash = 14695981039346656037u;  // of all outputs so far
 
 // What to make of a case: sizes, faults, and which buffer is too short (and on which the whole run depends).
 struct Plan {
@@ -103,6 +110,11 @@ class Buffers {
   DType arithmetic_dtype() const { return use_double ? DType::kFloat64 : DType::kFloat32; }
 
   bool all_written() const {
+    for (const Buffer& b : outputs_) {
+      for (int64_t i = 0; i < b.count * b.bytes; ++i) {  // FNV-1a
+        written_hash = (written_hash ^ static_cast<unsigned char>(b.data[i])) * 1099511628211u;
+      }
+    }
     for (const Buffer& b : outputs_) {
       for (int64_t i = 0; i < b.count; ++i) {
         bool written = false;
@@ -324,6 +336,7 @@ int run_random(uint64_t seed, int cases, int max_threads) {
       }
     }
   }
+  std::printf("%016llx\n", static_cast<unsigned long long>(written_hash));
   return 0;
 }
 

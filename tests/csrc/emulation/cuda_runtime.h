@@ -110,16 +110,7 @@ class Machine {
  private:
   void run_block() {
     const unsigned n = blockDim.x;
-    for (unsigned i = 0; i < n; ++i) {
-      Fiber& fiber = fibers_[i];
-      fiber.state = State::kReady;
-      fiber.shuffles = 0;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, &Machine::enter, 0);
-    }
+    for (unsigned i = 0; i < n; ++i) start(fibers_[i]);
     for (;;) {
       bool any = false;
       for (unsigned i : shuffled_range(n)) {
@@ -135,6 +126,16 @@ class Machine {
       std::fprintf(stderr, "emulation: the threads of a block wait for each other at different barriers\n");
       std::abort();
     }
+  }
+
+  void start(Fiber& fiber) {
+    fiber.state = State::kReady;
+    fiber.shuffles = 0;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, &Machine::enter, 0);
   }
 
   // Lets go the warps and the block that are complete at a barrier.
@@ -199,7 +200,9 @@ class Machine {
   size_t scheduler_size_ = 0;
   void* scheduler_stack_ = nullptr;
   unsigned current_ = 0;
-  std::minstd_rand random_;
+  std::minstd_rand random_{std::getenv("PYFAST_PPO_EMULATION_SEED")
+                               ? static_cast<unsigned>(std::atoi(std::getenv("PYFAST_PPO_EMULATION_SEED")))
+                               : 1u};
 };
 
 }  // namespace emulation

@@ -1,0 +1,90 @@
+"""The CUDA kernels on the CPU (tests/csrc/emulation): addresses, barriers, and whether a fault would be noticed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+SOURCES = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "kernel_driver.cpp"]
+EMULATED = ["-DPYFAST_PPO_EMULATED_CUDA", f"-I{HERE / 'emulation'}", "-Wno-unknown-pragmas"]
+# It orders a block's writes before those of the blocks that come after it; in the emulation they come after it anyway.
+BETWEEN_BLOCKS = "// after what every thread of this block has written"
+BARRIERS = sorted(
+    f"{path.name}:{number}"
+    for path in (CSRC / "cuda").iterdir()
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if re.search(r"\b__syncthreads\(\);", line) and BETWEEN_BLOCKS not in line
+)
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sanitizers and fibers are Linux's")
+
+
+def run(program: Path, *args: object, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **environment}
+    return subprocess.run([program, *map(str, args)], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def checked(build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *EMULATED]
+    return build(tmp_path_factory.mktemp("checked") / "kernel_driver", SOURCES, flags)
+
+
+@pytest.fixture(scope="module")
+def plain(build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("plain") / "kernel_driver", SOURCES, ["-O1", *EMULATED])
+
+
+def test_no_access_outside_of_the_buffers(checked: Path) -> None:
+    """Inputs and scratch memory end at the last element that may be touched; every output is written."""
+    done = run(checked, "random", 1, 40, 2)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_buffer_that_is_too_short_is_caught(checked: Path) -> None:
+    """The test above can fail."""
+    names = [line.split() for line in run(checked, "names").stdout.splitlines()]
+    assert {kernel for kernel, _ in names} == {"ppo_loss", "gae", "log_prob", "entropy", "kl"}
+    assert len(names) >= 42
+    for kernel, buffer in names:
+        done = run(checked, "short", kernel, buffer)
+        assert done.returncode != 0, f"{kernel} does not touch the last element of {buffer}"
+        assert "AddressSanitizer: heap-buffer-overflow" in done.stderr, f"{kernel}, {buffer}:\n{done.stderr}"
+
+
+CASES = ("random", 2, 25, 2)
+
+
+@pytest.fixture(scope="module")
+def result(plain: Path) -> str:
+    done = run(plain, *CASES)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_the_order_of_threads_and_blocks_does_not_matter(plain: Path, result: str, seed: int) -> None:
+    """The same bits, whichever thread of a block and whichever block of a grid comes first."""
+    assert run(plain, *CASES, PYFAST_PPO_EMULATION_SEED=str(seed)).stdout == result
+
+
+def test_all_barriers_are_known() -> None:
+    assert len(BARRIERS) >= 14
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_each_barrier_is_needed(plain: Path, result: str, barrier: str) -> None:
+    """Without it the results change in one order of threads at least: the test above would find that it is missing."""
+    for seed in range(1, 6):
+        environment = {"PYFAST_PPO_EMULATION_WITHOUT_BARRIER": barrier, "PYFAST_PPO_EMULATION_SEED": str(seed)}
+        if run(plain, *CASES, **environment).stdout != result:
+            return
+    pytest.fail(f"nothing changes without the barrier of {barrier}")
