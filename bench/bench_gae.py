@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from harness import RESULTS, interleave, interleave_graphs, machine, print_table, write_results
+from harness import RESULTS, gpu_backends, interleave, interleave_graphs, machine, print_table, write_results
 from torch import Tensor
 
 import pyfast_ppo
@@ -43,14 +43,19 @@ def stock_gae(rewards: Tensor, values: Tensor, dones: Tensor, last_values: Tenso
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8), returns
 
 
-def fused_gae(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    return pyfast_ppo.gae(*inputs, GAMMA, LAM, normalize=True)
+def fused_gae(*inputs: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    return pyfast_ppo.gae(*inputs, GAMMA, LAM, normalize=True, backend=backend)
 
 
 def contenders(inputs: list[tuple[Tensor, ...]]) -> dict[str, Callable[[int], object]]:
+    def fused(backend: str | None) -> Callable[[int], object]:
+        return lambda i: fused_gae(*inputs[i % len(inputs)], backend=backend)
+
+    on_this_gpu = gpu_backends() if inputs[0][0].is_cuda else []
     return {
         "rsl_rl": lambda i: stock_gae(*inputs[i % len(inputs)]),
-        "gae": lambda i: fused_gae(*inputs[i % len(inputs)]),
+        "gae": fused(None),
+        **{name: fused(name) for name in on_this_gpu},
     }
 
 
@@ -80,6 +85,7 @@ def displayed(row: dict) -> dict[str, str]:
         "gae us": f"{1e3 * row['gae']['median ms']:.1f}",
         "x rsl_rl": f"{row['gae']['times faster than rsl_rl']:.1f}",
         "GB/s": f"{row['gae']['GB/s']:.1f}",
+        **{f"{name} us": f"{1e3 * row[name]['median ms']:.1f}" for name in ("cuda", "triton") if name in row},
     }
 
 

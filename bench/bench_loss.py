@@ -14,7 +14,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from harness import RESULTS, Timing, interleave, interleave_graphs, machine, print_table, write_results
+from harness import RESULTS, Timing, gpu_backends, interleave, interleave_graphs, machine, print_table, write_results
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -108,13 +108,18 @@ def contenders(inputs: list[tuple[Tensor, ...]]) -> dict[str, Callable[[int], ob
 
         return call
 
+    def with_backend(name: str) -> Callable[[int], object]:
+        return lambda i: pyfast_ppo.ppo_loss_and_grad(*inputs[i % len(inputs)], **COEFFICIENTS, backend=name)
+
     sources = inputs[0]
     buffers = [torch.empty_like(t) for t in sources]
+    on_this_gpu = gpu_backends() if sources[0].is_cuda else []
     return {
         "eager": with_gradients(stock_loss),
         "compiled": with_gradients(compiled),
         "ppo_loss": with_gradients(lambda *args: pyfast_ppo.ppo_loss(*args, **COEFFICIENTS)),
         "ppo_loss_and_grad": lambda i: pyfast_ppo.ppo_loss_and_grad(*inputs[i % len(inputs)], **COEFFICIENTS),
+        **{name: with_backend(name) for name in on_this_gpu},
         "copy": lambda i: torch._foreach_copy_(buffers, [t.detach() for t in inputs[i % len(inputs)]]),
     }
 
@@ -169,10 +174,11 @@ def on_gpu(rounds: int) -> list[dict]:
         row = measured_row(first, "memory", timings)
         rows.append(row)
         ours, copy = row["ppo_loss_and_grad"], row["copy"]
+        each = "  ".join(f"{name} {1e3 * row[name]['median ms']:.2f} us" for name in gpu_backends())
         print(
             f"{num_rows:>9,} x {num_actions:<2} old_std {row['old_std']:<6}  {1e3 * ours['median ms']:8.2f} us  "
             f"{ours['GB/s']:6.0f} GB/s (copy {copy['GB/s']:.0f})  {ours['times faster than eager']:6.1f} x eager  "
-            f"{ours['times faster than compiled']:5.1f} x compiled  host {1e3 * ours['first call ms']:.0f} us",
+            f"{ours['times faster than compiled']:5.1f} x compiled  host {1e3 * ours['first call ms']:.0f} us  {each}",
             flush=True,
         )
     return rows

@@ -119,6 +119,11 @@ def interleave_graphs(
     return timings
 
 
+def gpu_backends() -> list[str]:
+    """Those of which ``backend=None`` takes the first; their figures say whether it is the fastest."""
+    return [s.name for s in backends.status() if s.available and s.name in ("cuda", "triton")]
+
+
 def machine() -> dict[str, str | int]:
     """What the figures were measured on."""
     return {

@@ -8,7 +8,7 @@ from bench_loss import make_inputs
 import pyfast_ppo
 from pyfast_ppo import backends
 
-SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300)]
+SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300), (5, 2000)]
 
 
 def run(backend: str) -> None:
@@ -17,6 +17,8 @@ def run(backend: str) -> None:
             inputs = list(make_inputs(num_rows, num_actions, old_std_per_row, 0, "cuda"))
             options = {"kl_coef": 0.5, "kl_direction": ("old_new", "new_old")[num_rows % 2], "backend": backend}
             pyfast_ppo.ppo_loss_and_grad(*inputs, **options, num_original=max(1, num_rows // 2))
+            order = torch.randperm(num_rows, device="cuda")
+            pyfast_ppo.ppo_loss_and_grad(*inputs, **options, row_index=order)
             inputs[1] = inputs[1].detach().repeat(num_rows, 1).requires_grad_()
             pyfast_ppo.ppo_loss_and_grad(*inputs, **options, use_clipped_value_loss=False)
             mean, std, _, actions, _, old_mean, old_std, *_ = inputs

@@ -18,14 +18,15 @@ step() {  # name, seconds at most, command
   [ "$status" -eq 0 ] || failed+=("$name (exit $status)")
 }
 
-export TRITON_DEFAULT_FP_FUSION=1
+export TRITON_DEFAULT_FP_FUSION=1 PYFAST_PPO_CUDA=on PYFAST_PPO_CUDA_ARCHS=${PYFAST_PPO_CUDA_ARCHS:-native}
 step build 300 python3 -m pip install -q --no-build-isolation --no-deps .
 step doctor 60 python3 -m pyfast_ppo doctor
 step tests 400 python3 -m pytest -q --maxfail=20 tests/ops tests/triton_kernels -k "triton or cuda"
-for tool in memcheck racecheck; do
+for tool in memcheck racecheck initcheck; do
   step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
 done
 step loss 240 python3 bench/bench_loss.py --device cuda --rounds 20 --save "$(basename "$results")"
+step launch 60 python3 bench/bench_launch.py --device cuda --save "$(basename "$results")"
 step gae 120 python3 bench/bench_gae.py --device cuda --save "$(basename "$results")"
 
 printf '\n=== done (%d s): %s\n' "$SECONDS" "$results"

@@ -8,9 +8,9 @@ namespace pyfast_ppo {
 struct GaeArgs {
   int64_t num_steps;            // T
   int64_t num_envs;             // E
-  View rewards, values, dones;  // [T, E]
+  View rewards, values, dones;  // [T, E]; dones are bytes
   View last_values;             // [E], as one row
-  View time_outs;               // [T, E], data null: there are none
+  View time_outs;               // [T, E], bytes; data null: there are none
   View final_values;            // [T, E], data null: values stand in for them
   double gamma, lam;
   bool normalize;

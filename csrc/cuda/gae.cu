@@ -58,9 +58,15 @@ __device__ Moments<T> block_moments(Moments<T> m, Moments<T>* memory, int num_wa
   return warp_moments(lane < num_warps ? memory[lane] : Moments<T>{});
 }
 
-template <class T>
+// kKnown: the tensor is one of Ts.
+template <class T, bool kKnown>
 __device__ __forceinline__ T read(const View& view, int64_t t, int64_t env) {
-  return read_element<T>(view.data, view.dtype, t * view.row_stride + env * view.col_stride);
+  const int64_t index = t * view.row_stride + env * view.col_stride;
+  return kKnown ? static_cast<const T*>(view.data)[index] : read_element<T>(view.data, view.dtype, index);
+}
+
+__device__ __forceinline__ bool flag(const View& view, int64_t t, int64_t env) {
+  return static_cast<const uint8_t*>(view.data)[t * view.row_stride + env * view.col_stride] != 0;
 }
 
 // A_t from delta_t and A_{t+1}. At the end of an episode the factor is 0, and what comes later does not matter, not
@@ -73,8 +79,8 @@ __device__ __forceinline__ T advantage_of(T delta, T factor, T next) {
 // --- CUDA kernels ----------------------------------------------------------------------------------------------------
 
 // moments: [3, blocks], or null.
-template <class T>
-__global__ void __launch_bounds__(kThreads) gae_kernel(const __grid_constant__ GaeArgs args, T* moments) {
+template <class T, bool kKnown>
+__global__ void __launch_bounds__(kThreads, 2) gae_kernel(const __grid_constant__ GaeArgs args, T* moments) {
   __shared__ T stretch_advantage[kStretches][kEnvs], stretch_factor[kStretches][kEnvs], carried[kEnvs];
   __shared__ Moments<T> warp_results[kWarps];
   const int lane = threadIdx.x % kEnvs, stretch = threadIdx.x / kEnvs;
@@ -91,28 +97,38 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(const __grid_constant__ G
   const int length = static_cast<int>(even < kSteps ? even : kSteps);
   for (int64_t end = args.num_steps; end > 0; end -= static_cast<int64_t>(length) * kStretches) {
     const int64_t first = end - static_cast<int64_t>(kStretches - stretch) * length;  // this thread's; may be negative
-    T delta[kSteps], factor[kSteps], value[kSteps];
+    // all loads first, so that they are in flight together
+    T reward[kSteps], value[kSteps], final_value[kSteps];
+    bool there[kSteps], done[kSteps], timed_out[kSteps];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      delta[k] = T(0), factor[k] = T(0), value[k] = T(0);
       const int64_t t = first + k;
-      if (k >= length || t < 0 || !inside) continue;
-      const bool done = read<T>(args.dones, t, env) != T(0);
-      value[k] = read<T>(args.values, t, env);
-      T next_value = t + 1 < args.num_steps ? read<T>(args.values, t + 1, env) : read<T>(args.last_values, 0, env);
-      if (done) {
-        next_value = T(0);
-        if (args.time_outs.data != nullptr && read<T>(args.time_outs, t, env) != T(0)) {
-          next_value = args.final_values.data != nullptr ? read<T>(args.final_values, t, env) : value[k];
-        }
-      }
-      delta[k] = read<T>(args.rewards, t, env) + gamma * next_value - value[k];
-      factor[k] = done ? T(0) : gamma_lam;
+      there[k] = k < length && t >= 0 && inside;
+      reward[k] = there[k] ? read<T, kKnown>(args.rewards, t, env) : T(0);
+      value[k] = there[k] ? read<T, kKnown>(args.values, t, env) : T(0);
+      done[k] = there[k] && flag(args.dones, t, env);
+      timed_out[k] = there[k] && args.time_outs.data != nullptr && flag(args.time_outs, t, env);
+      final_value[k] =
+          there[k] && args.final_values.data != nullptr ? read<T, kKnown>(args.final_values, t, env) : T(0);
+    }
+    const int64_t after = first + length;
+    T value_after = T(0);
+    if (inside && after > 0) {
+      value_after =
+          after < args.num_steps ? read<T, kKnown>(args.values, after, env) : read<T, kKnown>(args.last_values, 0, env);
+    }
+    T delta[kSteps], factor[kSteps];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const T at_end = timed_out[k] ? (args.final_values.data != nullptr ? final_value[k] : value[k]) : T(0);
+      const T next_value = done[k] ? at_end : (k + 1 < kSteps && k + 1 < length ? value[k + 1] : value_after);
+      delta[k] = reward[k] + gamma * next_value - value[k];
+      factor[k] = done[k] ? T(0) : gamma_lam;
     }
     T advantage = T(0), product = T(1);
 #pragma unroll
     for (int k = kSteps - 1; k >= 0; --k) {
-      if (k >= length || first + k < 0) continue;
+      if (!there[k]) continue;
       advantage = advantage_of(delta[k], factor[k], advantage);
       product *= factor[k];
     }
@@ -129,9 +145,8 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(const __grid_constant__ G
 #pragma unroll
     for (int k = kSteps - 1; k >= 0; --k) {
       const int64_t t = first + k;
-      if (k >= length || t < 0) continue;
+      if (!there[k]) continue;
       advantage = advantage_of(delta[k], factor[k], advantage);
-      if (!inside) continue;
       advantages[t * args.num_envs + env] = advantage;
       returns[t * args.num_envs + env] = advantage + value[k];
       const T difference = advantage - mine.mean;
@@ -185,7 +200,11 @@ template <class T>
 void run(const GaeArgs& args, void* memory, const Stream& stream) {
   T* moments = args.normalize ? static_cast<T*>(memory) : nullptr;
   const int64_t blocks = blocks_of(args.num_envs, kEnvs);
-  launch("gae_kernel", gae_kernel<T>, blocks, kThreads, stream, args, moments);
+  bool known = true;
+  for (const View* view : {&args.rewards, &args.values, &args.last_values, &args.final_values}) {
+    known = known && (view->data == nullptr || view->dtype == dtype_of<T>());
+  }
+  launch("gae_kernel", known ? gae_kernel<T, true> : gae_kernel<T, false>, blocks, kThreads, stream, args, moments);
   if (!args.normalize) return;
   const int64_t count = args.num_steps * args.num_envs;
   launch("normalize_kernel", normalize_kernel<T>, blocks_of(count, kThreads * kFlatPerThread), kThreads, stream,

@@ -77,7 +77,7 @@ __device__ __forceinline__ Terms<T> terms_at(const Call& call, int64_t row, int6
 // --- CUDA kernels ----------------------------------------------------------------------------------------------------
 
 template <class Function, class T>
-__global__ void __launch_bounds__(kThreads) gaussian_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, 2) gaussian_kernel(const __grid_constant__ Call call) {
   const int lane = threadIdx.x % call.lanes;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / call.lanes) + threadIdx.x / call.lanes;
   const bool inside = row < call.shape.num_rows;

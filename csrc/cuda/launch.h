@@ -5,6 +5,8 @@
 
 namespace pyfast_ppo::cuda {
 
+// The caller has made the device the thread's current one, by the runtime that it uses itself: this one would not know
+// what to set it back to.
 struct Stream {
   int device;    // its number among the visible ones
   void* handle;  // cudaStream_t; null: the default stream

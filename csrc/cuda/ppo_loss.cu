@@ -6,6 +6,8 @@
 // rows and stand between barriers: the sum of a row's terms, and its loss. The last block adds up what all blocks left.
 #include "ppo_loss.h"
 
+#include <type_traits>
+
 #include "../math/gaussian.h"
 #include "../math/ppo.h"
 #include "launch.cuh"
@@ -43,8 +45,9 @@ struct Call {
 template <class T>
 struct Shared {
   alignas(16) T terms[kTileElements];
-  T coefficient[kThreads];  // of each row: d loss / d log pi
-  int fault[kThreads];      // of each row: its old mean or old std is at fault
+  T coefficient[kThreads];             // of each row: d loss / d log pi
+  int fault[kThreads];                 // of each row: its old mean or old std is at fault
+  double sum_log_std, log_normalizer;  // of a shared std
   T warp_sums[kWarps][kNumMetrics];
   double totals[kNumMetrics];
 };
@@ -74,18 +77,23 @@ __device__ __forceinline__ T read(const View& view, int64_t row, int64_t col) {
   return read_element<T>(view.data, view.dtype, row * view.row_stride + col * view.col_stride);
 }
 
-// A thread's place in a tile.
+// A thread's place in a tile: the rows and columns of its elements, two numbers to a register.
 template <bool kVector>
 struct Place {
-  int row[kPerThread], col[kPerThread];
+  uint32_t rows[kPerThread / 2], cols[kPerThread / 2];
 
   __device__ explicit Place(int num_actions) {
 #pragma unroll
-    for (int e = 0; e < kPerThread; ++e) {
-      row[e] = index(e) / num_actions;
-      col[e] = index(e) - row[e] * num_actions;
+    for (int e = 0; e < kPerThread; e += 2) {
+      const int row = index(e) / num_actions, next_row = index(e + 1) / num_actions;
+      rows[e / 2] = static_cast<uint32_t>(row | next_row << 16);
+      cols[e / 2] =
+          static_cast<uint32_t>((index(e) - row * num_actions) | (index(e + 1) - next_row * num_actions) << 16);
     }
   }
+
+  __device__ int row(int e) const { return static_cast<int>(rows[e / 2] >> e % 2 * 16 & 0xffffu); }
+  __device__ int col(int e) const { return static_cast<int>(cols[e / 2] >> e % 2 * 16 & 0xffffu); }
 
   // Its element e in the flat tile: four neighbours are one load; single elements lie a block's width apart.
   __device__ static int index(int e) {
@@ -100,7 +108,7 @@ __device__ __forceinline__ void load(T (&out)[kPerThread], const View& view, con
   if constexpr (kVector) {
     const int left = count - place.index(0);
     const Element* from =
-        static_cast<const Element*>(view.data) + source[0] * view.row_stride + static_cast<int64_t>(place.col[0]);
+        static_cast<const Element*>(view.data) + source[0] * view.row_stride + static_cast<int64_t>(place.col(0));
     if (left >= kPerThread && source[0] >= 0) {
       const Pack<Element> pack = *reinterpret_cast<const Pack<Element>*>(from);
 #pragma unroll
@@ -114,7 +122,7 @@ __device__ __forceinline__ void load(T (&out)[kPerThread], const View& view, con
   } else {
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      out[e] = place.index(e) < count ? read<T>(view, source[e], place.col[e]) : fill;
+      out[e] = place.index(e) < count ? read<T>(view, source[e], place.col(e)) : fill;
     }
   }
 }
@@ -194,23 +202,46 @@ struct RowInputs {
   T old_log_prob, advantage, target, old_value, value;
 
   RowInputs() = default;
-  __device__ RowInputs(const Call<T>& call, int64_t row) {
+  template <class Reader>
+  __device__ RowInputs(const Call<T>& call, int64_t row, const Reader& reader) {
     const PpoLossArgs& args = call.args;
     const int64_t source = rollout_row(call.gather, row);
-    old_log_prob = read<T>(args.old_log_prob, source, 0);
-    advantage = read<T>(args.advantages, source, 0);
-    target = read<T>(args.returns, source, 0);
-    old_value = read<T>(args.old_values, source, 0);
-    value = read<T>(args.values, row, 0);
+    old_log_prob = reader.rollout(args.old_log_prob, source);
+    advantage = reader.rollout(args.advantages, source);
+    target = reader.rollout(args.returns, source);
+    old_value = reader.rollout(args.old_values, source);
+    value = reader.network(args.values, row);
+  }
+};
+
+// How numbers of a row are read and written: of whatever type their tensor says,
+template <class T>
+struct AnyType {
+  __device__ T rollout(const View& view, int64_t row) const { return read<T>(view, row, 0); }
+  __device__ T network(const View& view, int64_t row) const { return read<T>(view, row, 0); }
+  __device__ void write(const Output& output, int64_t row, T x) const { write_element(output, row, x); }
+};
+
+// or of types known beforehand, which saves most of the kernel's instructions.
+template <class T, class Net>
+struct KnownType {
+  __device__ T rollout(const View& view, int64_t row) const {
+    return row < 0 ? std::numeric_limits<T>::quiet_NaN() : static_cast<const T*>(view.data)[row * view.row_stride];
+  }
+  __device__ T network(const View& view, int64_t row) const {
+    return to_float(static_cast<const Net*>(view.data)[row * view.row_stride]);
+  }
+  __device__ void write(const Output& output, int64_t row, T x) const {
+    from_float(x, static_cast<Net*>(output.data) + row);
   }
 };
 
 // Adds a row's losses to the sums, writes the gradient of its value, and returns d loss / d log pi. row_sum: of the
 // terms 1/2 z^2 (+ log std).
-template <class T>
-__device__ __forceinline__ T row_losses(const Call<T>& call, const Numbers<T>& numbers, int64_t row,
-                                        const RowInputs<T>& in, T row_sum, double log_normalizer, bool fault,
-                                        T (&sums)[kNumMetrics]) {
+template <class T, class Reader>
+__device__ __forceinline__ T row_losses(const Call<T>& call, const Reader& reader, const Numbers<T>& numbers,
+                                        int64_t row, const RowInputs<T>& in, T row_sum, double log_normalizer,
+                                        bool fault, T (&sums)[kNumMetrics]) {
   // in double: for many actions the two terms are large and their difference is small
   const T log_ratio = static_cast<T>(-static_cast<double>(row_sum) - (log_normalizer + in.old_log_prob));
   const SurrogateTerms<T> surrogate =
@@ -218,7 +249,7 @@ __device__ __forceinline__ T row_losses(const Call<T>& call, const Numbers<T>& n
   const ValueTerms<T> value = call.args.use_clipped_value_loss
                                   ? clipped_value_terms(in.value, in.old_value, in.target, numbers.clip)
                                   : plain_value_terms(in.value, in.target);
-  write_element(call.args.grad_values, row, numbers.value_weight * value.d_value);
+  reader.write(call.args.grad_values, row, numbers.value_weight * value.d_value);
   const bool finite = is_finite(log_ratio) && is_finite(in.advantage) && is_finite(in.value) &&
                       is_finite(in.old_value) && is_finite(in.target) && !fault;
   sums[kSurrogate] += surrogate.loss;
@@ -283,11 +314,9 @@ __device__ void leave_columns(const Call<T>& call, Shared<T>& shared) {
   }
 }
 
-// Metrics and the gradient of a shared std, by one block, when all have left their sums. sum_log_std: of a shared std,
-// over actions.
+// Metrics and the gradient of a shared std, by one block, when all have left their sums.
 template <class T>
-__device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, bool entropy_of_rows,
-                       double sum_log_std) {
+__device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, bool entropy_of_rows) {
   const PpoLossArgs& args = call.args;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int num_sums = kNumMetrics + (shared_std ? static_cast<int>(args.num_actions) : 0);
@@ -311,7 +340,7 @@ __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, 
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  if (!entropy_of_rows) shared.totals[kEntropy] = sum_log_std * static_cast<double>(args.num_original);
+  if (!entropy_of_rows) shared.totals[kEntropy] = shared.sum_log_std * static_cast<double>(args.num_original);
   double metrics[kNumMetrics];
   finish_metrics(shared.totals, args, metrics);
 #pragma unroll
@@ -331,6 +360,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
   const int t = threadIdx.x;
   const bool new_old = args.kl_new_old;
   const Place<kVector> place(A);
+  const std::conditional_t<kVector, KnownType<T, Net>, AnyType<T>> reader;
   const Numbers<T> numbers(call);
   shared.fault[t] = 0;
   __syncthreads();
@@ -344,10 +374,10 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
   if constexpr (kStd != Std::kPerRow) {
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      std_of_column[e] = read<T>(args.std, 0, place.col[e]);
+      std_of_column[e] = read<T>(args.std, 0, place.col(e));
       inv_std[e] = reciprocal_or_nan(std_of_column[e]);
       if constexpr (kStd == Std::kShared) {
-        stds[e] = StdPair<T>(std_of_column[e], read<T>(args.old_std, 0, place.col[e]), inv_std[e], new_old);
+        stds[e] = StdPair<T>(std_of_column[e], read<T>(args.old_std, 0, place.col(e)), inv_std[e], new_old);
       }
     }
     T old_std_faults = T(0);
@@ -358,7 +388,10 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
     sum_log_std = warp_sum(sum_log_std);
     old_std_fault = warp_sum(old_std_faults) != T(0);
   }
-  const double log_normalizer = sum_log_std + kHalfLog2Pi * static_cast<double>(A);
+  if (t == 0) {
+    shared.sum_log_std = sum_log_std;
+    shared.log_normalizer = sum_log_std + kHalfLog2Pi * static_cast<double>(A);
+  }
 
   T sums[kNumMetrics] = {};
   T column_sums[kPerThread] = {};
@@ -371,15 +404,15 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
     int64_t own[kPerThread], source[kPerThread];
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      own[e] = first + place.row[e];
-      source[e] = place.row[e] < rows && (!kVector || e == 0) ? rollout_row(call.gather, own[e]) : own[e];
+      own[e] = first + place.row(e);
+      source[e] = place.row(e) < rows && (!kVector || e == 0) ? rollout_row(call.gather, own[e]) : own[e];
     }
     T actions[kPerThread], mean[kPerThread], old_mean[kPerThread], std[kPerThread], old_std[kPerThread];
     load<T>(actions, args.actions, place, source, count, T(0));
     load<T>(old_mean, args.old_mean, place, source, count_kl, T(0));
     if constexpr (kStd != Std::kShared) load<T>(old_std, args.old_std, place, source, count_kl, T(1));
     RowInputs<T> in;
-    if (t < rows) in = RowInputs<T>(call, first + t);
+    if (t < rows) in = RowInputs<T>(call, first + t, reader);
     load<Net>(mean, args.mean, place, own, count, T(0));
     if constexpr (kStd == Std::kPerRow) load<Net>(std, args.std, place, own, count, T(1));
 
@@ -414,13 +447,13 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
         column_sums[e] += d_log_std;
       }
       const bool fault = !is_finite(old_mean[e]) || (kStd != Std::kShared && !is_std(old_std[e]));
-      if (original && fault) atomicOr(&shared.fault[place.row[e]], 1);
+      if (original && fault) atomicOr(&shared.fault[place.row(e)], 1);
     }
     if (kVector && call.sum_in_fours) {
       // odd rows: no two of the threads that add them up read the same bank
       const int quads = A / kPerThread, stride = quads | 1;
-      if (place.row[0] < rows) {
-        shared.terms[place.row[0] * stride + place.col[0] / kPerThread] =
+      if (place.row(0) < rows) {
+        shared.terms[place.row(0) * stride + place.col(0) / kPerThread] =
             (terms.elements[0] + terms.elements[1]) + (terms.elements[2] + terms.elements[3]);
       }
     } else if constexpr (kVector) {
@@ -439,7 +472,8 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
 #pragma unroll 4
       for (int j = 0; j < length; ++j) row_sum += row_terms[j];
       const bool fault = shared.fault[t] != 0 || (old_std_fault && t < rows_kl);
-      shared.coefficient[t] = row_losses(call, numbers, first + t, in, row_sum, log_normalizer, fault, sums);
+      shared.coefficient[t] =
+          row_losses(call, reader, numbers, first + t, in, row_sum, shared.log_normalizer, fault, sums);
       shared.fault[t] = 0;
     }
     __syncthreads();
@@ -449,7 +483,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
       const bool inside = place.index(e) < count;
-      const T coefficient = inside ? shared.coefficient[place.row[e]] : T(0);
+      const T coefficient = inside ? shared.coefficient[place.row(e)] : T(0);
       const T weighted = coefficient * z[e];
       const T d_log_std = weighted * z[e] - coefficient;
       grad_mean[e] = inv_std[e] * weighted + kl_d_mean[e];
@@ -472,7 +506,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
   }
   leave_sums(call, shared, sums);  // its barrier also stands between the writing of the columns and their reading
   if constexpr (kStd != Std::kPerRow) leave_columns(call, shared);
-  if (is_last_block(call.counter)) finish(call, shared, kStd != Std::kPerRow, kStd == Std::kPerRow, sum_log_std);
+  if (is_last_block(call.counter)) finish(call, shared, kStd != Std::kPerRow, kStd == Std::kPerRow);
 }
 
 // For rows that no tile holds: a block takes a row at a time and goes over it twice.
@@ -523,8 +557,8 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
         row_sum += shared.terms[w];
         row_faults += shared.terms[kWarps + w];
       }
-      shared.coefficient[0] = row_losses(call, numbers, row, RowInputs<T>(call, row), row_sum,
-                                         kHalfLog2Pi * static_cast<double>(A), row_faults != T(0), sums);
+      shared.coefficient[0] = row_losses(call, AnyType<T>(), numbers, row, RowInputs<T>(call, row, AnyType<T>()),
+                                         row_sum, kHalfLog2Pi * static_cast<double>(A), row_faults != T(0), sums);
     }
     __syncthreads();
     const T coefficient = shared.coefficient[0];
@@ -549,7 +583,7 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
     }
   }
   leave_sums(call, shared, sums);
-  if (is_last_block(call.counter)) finish(call, shared, shared_std, true, 0.0);
+  if (is_last_block(call.counter)) finish(call, shared, shared_std, true);
 }
 
 // --- kernel launcher -------------------------------------------------------------------------------------------------
@@ -584,7 +618,9 @@ bool fits_vector(const PpoLossArgs& args, const Gather& gather) {
          fits_vector(args.mean, net, N, A) && fits_vector(args.actions, rollout, N, A) &&
          fits_vector(args.old_mean, rollout, args.num_original, A) && fits_vector(args.grad_mean, net, A) &&
          (!std_per_row || (fits_vector(args.std, net, N, A) && fits_vector(args.grad_std, net, A))) &&
-         (!old_std_per_row || fits_vector(args.old_std, rollout, args.num_original, A));
+         (!old_std_per_row || fits_vector(args.old_std, rollout, args.num_original, A)) && args.values.dtype == net &&
+         args.grad_values.dtype == net && args.old_log_prob.dtype == rollout && args.advantages.dtype == rollout &&
+         args.returns.dtype == rollout && args.old_values.dtype == rollout;
 }
 
 template <class T, class Net, bool kVector>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ def _stream(device: torch.device) -> tuple[int, int]:
     return device.index or 0, current_stream(device)
 
 
+def _launch(function: Callable, device: torch.device, *args: object) -> None:
+    """Calls a function of the extension while ``device`` is the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        function(*args)
+    else:
+        with torch.cuda.device(device):
+            function(*args)
+
+
 @functools.cache
 def _num_partials(num_actions: int, device_index: int) -> int:
     return _cuda.ppo_loss_partials(num_actions, device_index)
@@ -77,7 +87,9 @@ def ppo_loss(
     scratch = _scratch.get(device, _num_partials(num_actions, stream[0]), dtype, keep_scratch)
     metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
     grads = gradient_of(mean), gradient_of(std), gradient_of(values)
-    _cuda.ppo_loss(
+    _launch(
+        _cuda.ppo_loss,
+        device,
         (num_rows, num_original, num_actions),
         inputs,
         (clip_param, value_loss_coef, entropy_coef, kl_coef),
@@ -115,7 +127,9 @@ def gae(
     returns = torch.empty_like(advantages)
     num_moments = _cuda.gae_moments(rewards.shape[1]) if normalize else 0
     moments = torch.empty(num_moments, dtype=dtype, device=rewards.device)
-    _cuda.gae(
+    _launch(
+        _cuda.gae,
+        rewards.device,
         tuple(rewards.shape),
         (rewards, values, dones, last_values, time_outs, final_values),
         gamma,
@@ -176,15 +190,15 @@ def _shape(inputs: tuple[Tensor, ...]) -> tuple[int, int, bool]:
     return num_rows, inputs[0].shape[-1], arithmetic_dtype(*inputs) == torch.float64
 
 
-def _row_sums(function, inputs: tuple[Tensor, ...]) -> Tensor:
+def _row_sums(function: Callable, inputs: tuple[Tensor, ...]) -> Tensor:
     shape = _shape(inputs)
     out = torch.empty(shape[0], dtype=arithmetic_dtype(*inputs), device=inputs[0].device)
-    function(shape, inputs, out, _stream(out.device))
+    _launch(function, out.device, shape, inputs, out, _stream(out.device))
     return out
 
 
 def _gradients(
-    function,
+    function: Callable,
     grad: Tensor,
     inputs: tuple[Tensor, ...],
     of: tuple[Tensor, ...],
@@ -198,5 +212,5 @@ def _gradients(
             outputs.append(torch.empty(_cuda.gaussian_blocks(shape), shape[1], dtype=dtype, device=t.device))
         else:
             outputs.append(gradient_of(t) if other is None else gradient_of_both(t, other))
-    function(shape, inputs, grad, tuple(outputs), _stream(grad.device))
+    _launch(function, grad.device, shape, inputs, grad, tuple(outputs), _stream(grad.device))
     return tuple(o.sum(0).to(t.dtype) if t.dim() == 1 else o for o, t in zip(outputs, of, strict=True))

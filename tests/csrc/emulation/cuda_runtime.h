@@ -247,7 +247,13 @@ using std::min;
 
 // --- what the host calls ---------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInsufficientDriver = 35 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
+  cudaErrorNoKernelImageForDevice = 209
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {
@@ -257,13 +263,28 @@ struct cudaLaunchConfig_t {
 };
 struct cudaFuncAttributes {};
 
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+namespace emulation {
+
+// What this machine pretends to be, for the tests of what is said when something is missing.
+struct Pretence {
+  cudaError_t launch = cudaSuccess, devices = cudaSuccess, code = cudaSuccess;
+  int driver = 13000, num_devices = 1;
+};
+inline Pretence pretence;
+
+}  // namespace emulation
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
+         : error == cudaErrorNoDevice             ? "no CUDA-capable device is detected"
+                                                  : "invalid configuration argument";
+}
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidConfiguration"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  return *count = emulation::pretence.num_devices, emulation::pretence.devices;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = emulation::pretence.driver, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 
 // Few processors: then a block has several tiles even of small inputs.
@@ -271,12 +292,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { ret
 
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
-  return cudaSuccess;
+  return emulation::pretence.code;
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
+  if (emulation::pretence.launch != cudaSuccess) return emulation::pretence.launch;
   if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
     return cudaErrorInvalidConfiguration;
   }

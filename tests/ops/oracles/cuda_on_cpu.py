@@ -27,13 +27,17 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 
 
-def install() -> None:
-    """Makes the emulated kernels the ``cuda`` backend, for CPU tensors."""
+ORIGINAL = {"unavailable_reason": cuda.unavailable_reason}
+
+
+def install() -> ModuleType:
+    """Makes the emulated kernels the ``cuda`` backend, for CPU tensors. Returns them."""
     cuda._cuda = load()
     cuda.DEVICE_TYPE = "cpu"
     cuda.FOR_TESTS_ONLY = True
     cuda.unavailable_reason = lambda: None
     cuda.detail = lambda: "emulated on the CPU, for tests"
+    return cuda._cuda
 
 
 def load() -> ModuleType:
