@@ -19,14 +19,14 @@ class ScratchPool:
     """One ``Scratch`` per device, stream and dtype. A captured graph gets its own: it may be replayed on any stream."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[torch.device, int, torch.dtype], Scratch] = {}
+        self.kept: dict[tuple[int | None, int, torch.dtype], Scratch] = {}
 
-    def get(self, device: torch.device, size: int, dtype: torch.dtype = torch.float32, keep: bool = True) -> Scratch:
+    def get(self, device: torch.device, stream: int, size: int, dtype: torch.dtype, keep: bool) -> Scratch:
         """At least ``size`` numbers. ``keep=False``: for this call alone, whatever allocates memory for it."""
-        on_gpu = device.type == "cuda"
-        if not keep or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        # nothing can be captured on stream 0, the default one
+        if not keep or (stream and torch.cuda.is_current_stream_capturing()):
             return Scratch(device, size, dtype)
-        key = (device, current_stream(device), dtype)
+        key = (device.index, stream, dtype)
         scratch = self.kept.get(key)
         if scratch is None or scratch.size < size:
             scratch = self.kept[key] = Scratch(device, size, dtype)

@@ -84,7 +84,7 @@ def ppo_loss(
     device = mean.device
     num_rows, num_actions = mean.shape
     stream = _stream(device)
-    scratch = _scratch.get(device, _num_partials(num_actions, stream[0]), dtype, keep_scratch)
+    scratch = _scratch.get(device, stream[1], _num_partials(num_actions, stream[0]), dtype, keep_scratch)
     metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
     grads = gradient_of(mean), gradient_of(std), gradient_of(values)
     _launch(

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pyfast_ppo.backends._scratch import ScratchPool
+from pyfast_ppo.backends._scratch import ScratchPool, current_stream
 from pyfast_ppo.reference import METRICS
 
 # Triton's interpreter runs the kernels on the CPU, slowly. To be set before triton is imported for the first time.
@@ -128,7 +128,8 @@ def ppo_loss(
     shape = kernels.block_shape(num_actions)
     tiles = -(-num_rows // shape["BLOCK_N"])
     max_programs = min(MAX_PROGRAMS, PROGRAMS_PER_PROCESSOR * _num_processors(device))
-    scratch = _scratch.get(device, (kernels.NUM_SUMS.value + num_actions) * max_programs, keep=keep_scratch)
+    num_partials = (kernels.NUM_SUMS.value + num_actions) * max_programs
+    scratch = _scratch.get(device, current_stream(device), num_partials, dtype, keep_scratch)
     metrics = torch.empty(len(METRICS), dtype=torch.float32, device=device)
     grads = _contiguous_grad(mean), _contiguous_grad(std), _contiguous_grad(values)
     matrices = [_matrix(t) for t in (mean, std, actions, old_mean, old_std)]

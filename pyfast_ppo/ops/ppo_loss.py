@@ -341,11 +341,15 @@ def _prepare(
 
 def _is_plain(numbers: tuple, kl_direction: str, num_original: int | None, row_index: Tensor | None) -> bool:
     """Whether all that is no tensor is right, and no tensor where a number may stand."""
+    clip_param, value_loss_coef, entropy_coef, kl_coef = numbers
     return (
         num_original is None
         and row_index is None
-        and all(type(number) is float for number in numbers)
-        and numbers[0] >= 0.0
+        and type(clip_param) is float
+        and clip_param >= 0.0
+        and type(value_loss_coef) is float
+        and type(entropy_coef) is float
+        and type(kl_coef) is float
         and kl_direction in KL_DIRECTIONS
         and not torch.compiler.is_compiling()
     )
