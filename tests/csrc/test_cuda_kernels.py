@@ -19,7 +19,7 @@ EMULATED = ["-DPYFAST_PPO_EMULATED_CUDA", f"-I{HERE / 'emulation'}", "-Wno-unkno
 BETWEEN_BLOCKS = "// after what every thread of this block has written"
 BARRIERS = sorted(
     f"{path.name}:{number}"
-    for path in (CSRC / "cuda").iterdir()
+    for path in (CSRC / "cuda").glob("*.cu*")
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if re.search(r"\b__syncthreads\(\);", line) and BETWEEN_BLOCKS not in line
 )

@@ -50,7 +50,8 @@ def load() -> ModuleType:
 
 def build() -> Path:
     """The module, compiled anew only if a source changed."""
-    files = [p for folder in (CSRC, TESTS) for p in sorted(folder.rglob("*")) if p.is_file()]
+    suffixes = (".cu", ".cuh", ".cpp", ".h")
+    files = [p for folder in (CSRC, TESTS) for p in sorted(folder.rglob("*")) if p.suffix in suffixes]
     contents = hashlib.sha256(b"".join(p.read_bytes() for p in files) + repr((sys.version, FLAGS, COMPILER)).encode())
     folder = ROOT / "build" / "cuda_on_cpu" / contents.hexdigest()[:16]
     target = folder / f"cuda_on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
