@@ -608,7 +608,7 @@ def test_kl_is_never_negative(
     new = (float(inputs["mean"][0, 0]), float(inputs["std"].flatten()[0]))
     want = 2.0 * exact_kl(*old, *new) if direction == "old_new" else 2.0 * exact_kl(*new, *old)
     assert kl >= 0.0
-    assert abs(kl - want) <= 1e-5 * want
+    assert abs(kl - want) <= 1e-5 * want + 2.0**-126  # below that float32 has no digits left
 
 
 @pytest.mark.parametrize("direction", ["old_new", "new_old"])
