@@ -24,17 +24,41 @@ class RslRlSchedule:
         self.min_rate = min_rate
         self.max_rate = max_rate
 
-    def update(self, kl: Tensor, lr: Tensor, step_taken: bool = True) -> Tensor:
+    def update(self, kl: Tensor, lr: Tensor, step_taken: bool | Tensor = True) -> Tensor:
         """The rate for the next step.
 
         Args:
             kl: Mean KL(old‖new) of this mini-batch, in nats. 0-dim.
             lr: The present rate. 0-dim float64, on the same device.
-            step_taken: Whether the policy has moved since the rollout.
+            step_taken: Whether the policy has moved since the rollout; a tensor is read on its device.
         """
         lowered = torch.clamp(lr / self.factor, min=self.min_rate)
-        raised = torch.clamp(lr * self.factor, max=self.max_rate) if step_taken else lr
+        raised = torch.clamp(lr * self.factor, max=self.max_rate)
+        if isinstance(step_taken, Tensor):
+            raised = torch.where(step_taken, raised, lr)
+        elif not step_taken:
+            raised = lr
         return torch.where(kl > self.desired_kl * 2.0, lowered, torch.where(kl < self.desired_kl / 2.0, raised, lr))
+
+
+class RslRlScheduleBefore5(RslRlSchedule):
+    """The adaptive learning rate of rsl_rl before 5.0: the same thresholds, another KL, and the rate rises if kl > 0.
+
+    Its KL (``kl``) had an epsilon inside the logarithm: 1e-5 too much per action, 1.2e-4 for 12 of them at equality. So
+    the first mini-batch of each update, at which the policy has not moved, raises the rate. For runs that have to be
+    compared with old ones.
+    """
+
+    @staticmethod
+    def kl(mean_old: Tensor, std_old: Tensor, mean_new: Tensor, std_new: Tensor) -> Tensor:
+        """KL(old‖new) as it was computed, with its epsilon. [N, A], [A] or [N, A], … -> [N]."""
+        ratio = torch.log(std_new / std_old + 1e-5)
+        spread = (std_old.square() + (mean_old - mean_new).square()) / (2.0 * std_new.square())
+        return (ratio + spread - 0.5).sum(-1)
+
+    def update(self, kl: Tensor, lr: Tensor, step_taken: bool | Tensor = True) -> Tensor:
+        """As ``RslRlSchedule.update``; ``step_taken`` does not matter."""
+        return super().update(kl, lr, kl > 0.0)
 
 
 class ProportionalSchedule:
@@ -65,6 +89,29 @@ class ProportionalSchedule:
         change = torch.sqrt(self.desired_kl / kl.clamp(min=0.0).to(lr.dtype)).clamp(1.0 / self.factor, self.factor)
         change = torch.where(torch.isfinite(kl), change, 1.0 / self.factor)
         return torch.clamp(lr * change, self.min_rate, self.max_rate)
+
+
+class EarlyStop:
+    """No further steps in an update once a mini-batch's KL is beyond ``limit``, or not finite.
+
+    Spinning Up's PPO and SB3's ``target_kl`` leave the loop, for which the host has to know; here the steps that follow
+    are computed and not applied.
+    """
+
+    def __init__(self, limit: float) -> None:
+        if not limit > 0.0:
+            raise ValueError(f"limit must be positive, got {limit}")
+        self.limit = limit
+
+    def update(self, kl: Tensor, stopped: Tensor | None) -> Tensor:
+        """Whether the next step is to be left out, and all that follow. 0-dim, boolean.
+
+        Args:
+            kl: Mean KL of this mini-batch, before its step, in nats. 0-dim.
+            stopped: What the call before has returned; None at the first mini-batch of an update.
+        """
+        beyond = ~(kl <= self.limit)  # NaN is beyond, too
+        return beyond if stopped is None else stopped | beyond
 
 
 class AdaptivePenalty:

@@ -19,14 +19,25 @@ from pyfast_ppo import backends
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, PPOLossOutput, ppo_loss_and_grad
+from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.policy import SampleSkipper, first_row, reason_not_fused, row_behind, std_is_parameter
-from pyfast_ppo.schedules import RslRlSchedule
+from pyfast_ppo.schedules import (
+    AdaptivePenalty,
+    EarlyStop,
+    ProportionalSchedule,
+    RslRlSchedule,
+    RslRlScheduleBefore5,
+)
 
 logger = logging.getLogger(__name__)
 
 # rsl_rl updates the observation normalizers once per iteration since 5.5, in update(); before, at each step of the
 # environment
 _NORMALIZES_IN_UPDATE = tuple(int(part) for part in version("rsl-rl-lib").split(".")[:2]) >= (5, 5)
+
+
+KL_RULES = {"rsl_rl": RslRlSchedule, "rsl_rl_4": RslRlScheduleBefore5, "proportional": ProportionalSchedule}
+_CHECKPOINT_KEY = "pyfast_ppo"
 
 
 class FusedPPO(PPO):
@@ -39,8 +50,11 @@ class FusedPPO(PPO):
     - ``update()`` draws no actions that nobody uses, and gathers each mini-batch once per update, not once per epoch.
     - Its losses stay on the device and are read once, at the end.
     - ``loss_dict`` also has ``kl`` (mean exact KL, in ``kl_direction``), ``first_kl`` (at the first mini-batch, before
-      any step: more than rounding means that acting and updating see different policies), ``clip_fraction`` and
-      ``approx_kl`` (k3).
+      any step: more than rounding means that acting and updating see different policies), ``max_kl`` and ``last_kl``,
+      ``approx_kl`` (k3), ``clip_fraction``, and under the adaptive schedule ``learning_rate_min`` and ``_max`` within
+      the update.
+    - The adaptive learning rate is decided on the device, without a host sync; Adam, AdamW and SGD take their fused
+      step for it.
     - The adaptive learning rate leaves out the mini-batch before the first step. rsl_rl does so only where rounding
       makes that KL exactly 0: not in bfloat16, and not in rsl_rl 5.4 with normalized observations, where the normalizer
       moves while the rollout is collected (see ``adapt_before_first_step``).
@@ -55,6 +69,9 @@ class FusedPPO(PPO):
         backend: str | None = None,
         kl_coef: float = 0.0,
         kl_direction: str = "old_new",
+        kl_target: float | None = None,
+        kl_rule: str = "rsl_rl",
+        early_stop_kl: float | None = None,
         keep_random_stream: bool = False,
         adapt_before_first_step: bool = False,
         **kwargs,
@@ -65,13 +82,20 @@ class FusedPPO(PPO):
             backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
             kl_coef: Weight of the exact KL between the old and the new policy in the loss. 0: none, as in PPO.
             kl_direction: "old_new" for KL(old‖new), "new_old" for KL(new‖old).
+            kl_target: Adapt ``kl_coef`` after each update, so that the KL of its last epoch comes near this many nats:
+                the adaptive penalty of PPO (Schulman et al. 2017, section 4). ``kl_coef`` must then be positive.
+            kl_rule: What ``schedule="adaptive"`` does with the KL: "rsl_rl" (as rsl_rl 5), "rsl_rl_4" (as before 5.0,
+                for comparisons with old runs) or "proportional" (once per update; holds the KL closer to
+                ``desired_kl``, which then means another learning rate than in rsl_rl).
+            early_stop_kl: Take no further steps in an update once a mini-batch's KL is beyond this many nats.
             keep_random_stream: Draw the unused actions, so that random numbers come in the same order as in PPO: only
                 for comparisons, number by number.
             adapt_before_first_step: Let the adaptive learning rate act on the first mini-batch, too, if its KL is not
                 exactly 0: what PPO does in mixed precision, where rounding does not hide that KL.
 
         Raises:
-            ValueError: An unknown backend or direction; ``kl_coef`` with a policy that is not a diagonal Gaussian.
+            ValueError: An unknown backend, direction or rule; a ``kl_target`` without a ``kl_coef``; one of these with
+                a policy that is not a diagonal Gaussian; ``early_stop_kl`` with an optimizer that cannot skip a step.
             RuntimeError: The backend is not available.
         """
         super().__init__(*args, **kwargs)
@@ -84,21 +108,38 @@ class FusedPPO(PPO):
             )
         if kl_direction not in KL_DIRECTIONS:
             raise ValueError(f"kl_direction must be one of {KL_DIRECTIONS}, got {kl_direction!r}")
+        if kl_rule not in KL_RULES:
+            raise ValueError(f"kl_rule must be one of {tuple(KL_RULES)}, got {kl_rule!r}")
+        if kl_target is not None and not kl_coef > 0.0:
+            raise ValueError(f"kl_target adapts kl_coef, which must then be positive at the start, got {kl_coef}")
         self.backend = backend
         self.kl_coef = kl_coef
+        self.kl_rule = kl_rule
         self.kl_direction = kl_direction
         self.keep_random_stream = keep_random_stream
         self.adapt_before_first_step = adapt_before_first_step
 
         self._stock_reason = reason_not_fused(self._raw_actor)
         if self._stock_reason is not None:
-            if kl_coef != 0.0:
-                raise ValueError(f"kl_coef needs a diagonal Gaussian policy: {self._stock_reason}")
+            chosen = {"kl_coef": kl_coef != 0.0, "early_stop_kl": early_stop_kl is not None}
+            chosen["kl_rule"] = kl_rule != "rsl_rl"
+            for name in (name for name, is_chosen in chosen.items() if is_chosen):
+                raise ValueError(f"{name} needs a diagonal Gaussian policy: {self._stock_reason}")
             logger.warning("The loss runs on rsl_rl's own formula: %s.", self._stock_reason)
             return
         distribution = self._raw_actor.distribution
         self._std_is_parameter = std_is_parameter(distribution)
         self._without_sampling = nullcontext if keep_random_stream else SampleSkipper(distribution)
+        self._adaptive = self.desired_kl is not None and self.schedule == "adaptive"
+        self._rule = KL_RULES[kl_rule](self.desired_kl) if self._adaptive else None
+        self._penalty = None if kl_target is None else AdaptivePenalty(kl_target)
+        self._early_stop = None if early_stop_kl is None else EarlyStop(early_stop_kl)
+        self._rate = DeviceRate(self.optimizer)
+        if self._early_stop is not None and not self._rate.can_skip:
+            raise ValueError(
+                f"early_stop_kl needs an optimizer that can skip a step on the device: adam, adamw or sgd, not "
+                f"{type(self.optimizer).__name__}"
+            )
 
     # --- returns
     # ------------------------------------------------------------------------------------------------------------
@@ -130,9 +171,17 @@ class FusedPPO(PPO):
         if self._stock_reason is not None:
             return super().update()
 
-        metrics = []  # one row per mini-batch, on the device
-        for step, batch in enumerate(self._mini_batches()):
-            metrics.append(self._step(batch, step_taken=step > 0))
+        run = _Run(self)
+        if self._adaptive:
+            self._rate.start(self.learning_rate)
+        try:
+            for batch in self._mini_batches():
+                self._step(batch, run)
+            self._after_last_step(run)
+        finally:  # whatever happens, a checkpoint finds numbers
+            self._rate.skip_if(None)
+            if self._adaptive:
+                self.learning_rate = self._rate.finish()
 
         if _NORMALIZES_IN_UPDATE:
             obs = self.storage.observations.flatten(0, 1)
@@ -141,7 +190,7 @@ class FusedPPO(PPO):
             if self.rnd:
                 self.rnd.update_normalization(obs)
         self.storage.clear()
-        return self._loss_dict(torch.stack(metrics))
+        return self._loss_dict(run)
 
     def _mini_batches(self) -> Iterator[RolloutStorage.Batch]:
         """The mini-batches of all epochs. rsl_rl shuffles once per update, so that each epoch has the same ones."""
@@ -159,8 +208,8 @@ class FusedPPO(PPO):
                     batch.observations, batch.actions = batch.observations.clone(), batch.actions.clone()
                 yield batch
 
-    def _step(self, batch: RolloutStorage.Batch, step_taken: bool) -> Tensor:
-        """One step of the optimizer; returns the row of metrics."""
+    def _step(self, batch: RolloutStorage.Batch, run: _Run) -> None:
+        """One step of the optimizer."""
         original_batch_size = batch.observations.batch_size[0]
         augmented = self.symmetry is not None and self.symmetry.use_data_augmentation
         if self.symmetry:
@@ -202,39 +251,59 @@ class FusedPPO(PPO):
             value_loss_coef=self.value_loss_coef,
             entropy_coef=self.entropy_coef,
             use_clipped_value_loss=self.use_clipped_value_loss,
-            kl_coef=self.kl_coef,
+            kl_coef=run.kl_coef,
             kl_direction=self.kl_direction,
             num_original=num_original,
             backend=self.backend,
         )
 
-        if self.desired_kl is not None and self.schedule == "adaptive":
-            kl = out.kl
-            if self.kl_direction != "old_new":
-                new_std = std if std.dim() == 1 else std[:num_original]
-                new = (mean[:num_original].detach(), new_std.detach())
-                kl = gaussian_kl(old_mean, old_std, *new, backend=self.backend).mean()
-            self._adapt_learning_rate(kl, step_taken)
-
+        new_std = std.detach() if std.dim() == 1 else std[:num_original].detach()
+        self._react(out, run, (old_mean, old_std, mean[:num_original].detach(), new_std))
         self._backward([mean, std, values], list(grads), symmetry_loss, rnd_loss)
-        return self._metrics(out, rnd_loss, symmetry_loss)
+        run.metrics.append(self._metrics(out, rnd_loss, symmetry_loss))
+
+    def _react(self, out: PPOLossOutput, run: _Run, policies: tuple[Tensor, ...]) -> None:
+        """To the KL of this mini-batch, before its step. ``policies``: means and stds, old and new."""
+        if self._early_stop is not None:
+            run.stopped = self._early_stop.update(self._over_ranks(out.kl), run.stopped)
+            run.skipped.append(run.stopped)
+            self._rate.skip_if(run.stopped)
+        if self._adaptive:
+            if self.kl_rule == "rsl_rl_4":
+                kl = RslRlScheduleBefore5.kl(*policies).mean()
+            elif self.kl_direction == "old_new":
+                kl = out.kl
+            else:
+                kl = gaussian_kl(*policies, backend=self.backend).mean()
+            kl = self._over_ranks(kl)
+            run.rule_kls.append(kl)
+            if self.kl_rule != "proportional":
+                step_taken = bool(run.metrics) or (kl > 0.0 if self.adapt_before_first_step else False)
+                self._rate.set(self._rule.update(kl, self._rate.value, step_taken))
+            run.rates.append(self._rate.value)
+
+    def _after_last_step(self, run: _Run) -> None:
+        """What is decided once per update, from the KL of the last epoch."""
+        if self._adaptive and self.kl_rule == "proportional":
+            kl = torch.stack(run.rule_kls[-self.num_mini_batches :]).mean()
+            self._rate.set(self._rule.update(kl, self._rate.value))
+        if self._penalty is not None:
+            column = self._metric_names().index("kl")
+            kl = torch.stack([row[column] for row in run.metrics[-self.num_mini_batches :]]).mean()
+            run.kl_coef = self._penalty.update(self._over_ranks(kl), run.kl_coef)
+
+    def _over_ranks(self, kl: Tensor) -> Tensor:
+        """The mean over all processes: they then decide alike."""
+        if not self.is_multi_gpu:
+            return kl
+        kl = kl.clone()
+        torch.distributed.all_reduce(kl, op=torch.distributed.ReduceOp.SUM)
+        return kl / self.gpu_world_size
 
     def _autocast(self):
         # rsl_rl has mixed precision since 5.5
         enabled = getattr(self, "use_mixed_precision", False)
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=enabled)
-
-    def _adapt_learning_rate(self, kl: Tensor, step_taken: bool) -> None:
-        if self.is_multi_gpu:
-            kl = kl.clone()
-            torch.distributed.all_reduce(kl, op=torch.distributed.ReduceOp.SUM)
-            kl /= self.gpu_world_size
-        if self.adapt_before_first_step and not step_taken:
-            step_taken = bool(kl > 0.0)
-        lr = torch.tensor(self.learning_rate, dtype=torch.float64, device=kl.device)
-        self.learning_rate = RslRlSchedule(self.desired_kl).update(kl, lr, step_taken).item()
-        for param_group in self.optimizer.param_groups:
-            param_group["lr"] = self.learning_rate
 
     def _backward(
         self, outputs: list[Tensor], grads: list[Tensor], symmetry_loss: Tensor | None, rnd_loss: Tensor | None
@@ -273,10 +342,56 @@ class FusedPPO(PPO):
         names += ["symmetry"] if self.symmetry else []
         return [*names, "kl", "clip_fraction", "approx_kl"]
 
-    def _loss_dict(self, metrics: Tensor) -> dict[str, float]:
-        """[mini-batches, metrics] -> means over the update; the only time that the host waits for them."""
+    def _loss_dict(self, run: _Run) -> dict[str, float]:
+        """Means over the update and more; the only time that the host waits for metrics."""
         names = self._metric_names()
-        means, first = torch.stack([metrics.mean(0), metrics[0]]).tolist()
-        loss_dict = dict(zip(names, means, strict=True))
-        loss_dict["first_kl"] = first[names.index("kl")]
+        metrics = torch.stack(run.metrics).double()  # [mini-batches, metrics]
+        kl = metrics[:, names.index("kl")]
+        extra = {"first_kl": kl[0], "max_kl": kl.max(), "last_kl": kl[-1]}
+        if run.rates:
+            rates = torch.stack(run.rates)
+            extra |= {"learning_rate_min": rates.min(), "learning_rate_max": rates.max()}
+        if run.skipped:
+            extra["skipped_steps"] = torch.stack(run.skipped).sum()
+        if self._penalty is not None:
+            extra["kl_coef"] = run.kl_coef
+        values = torch.cat([metrics.mean(0), torch.stack([t.double() for t in extra.values()])]).tolist()
+        loss_dict = dict(zip([*names, *extra], values, strict=True))
+        self.kl_coef = loss_dict.get("kl_coef", self.kl_coef)
         return loss_dict
+
+    # --- checkpoints
+    # -----------------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict:
+        """Return a dict of all models for saving; PPO loads it, too."""
+        saved_dict = super().save()
+        if self._stock_reason is None:
+            saved_dict["optimizer_state_dict"] = self._rate.state_dict()
+            if self._penalty is not None:
+                saved_dict[_CHECKPOINT_KEY] = {"kl_coef": self.kl_coef}
+        return saved_dict
+
+    def load(self, loaded_dict: dict, load_cfg: dict | None, strict: bool) -> bool:
+        """Load specified models from a saved dict, of this class or of PPO."""
+        iteration = super().load(loaded_dict, load_cfg, strict)
+        self.learning_rate = float(self.learning_rate)
+        if self._stock_reason is None:
+            self._rate.prepare()
+            if self._penalty is not None:
+                self.kl_coef = loaded_dict.get(_CHECKPOINT_KEY, {}).get("kl_coef", self.kl_coef)
+        return iteration
+
+
+class _Run:
+    """What one update collects: tensors on the device, in the order of the mini-batches."""
+
+    def __init__(self, algorithm: FusedPPO) -> None:
+        self.metrics: list[Tensor] = []  # rows of FusedPPO._metrics
+        self.rule_kls: list[Tensor] = []  # what the rule for the learning rate was fed
+        self.rates: list[Tensor] = []
+        self.stopped: Tensor | None = None
+        self.skipped: list[Tensor] = []
+        self.kl_coef: float | Tensor = algorithm.kl_coef
+        if algorithm._penalty is not None:  # filled in, not copied: a copy to a GPU would wait
+            self.kl_coef = torch.full((), algorithm.kl_coef, device=algorithm.device)

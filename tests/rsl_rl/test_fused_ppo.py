@@ -80,12 +80,15 @@ def test_a_fixed_learning_rate_needs_no_read_by_the_host(actor: dict, ops_of_upd
     assert host_reads(ops_of_update("PPO", args=args, actor=actor)) == 3 * steps
 
 
-def test_an_adaptive_learning_rate_is_read_once_per_mini_batch(ops_of_update: Callable) -> None:
-    """PPO compares the KL on the host besides, once to three times."""
+def test_an_adaptive_learning_rate_is_read_once_per_update(ops_of_update: Callable) -> None:
+    """At the end, for the logger; whatever else reacts to the KL. PPO reads three losses per mini-batch, and compares
+    the KL on the host besides, once to three times."""
     args = {**SPLIT, "schedule": "adaptive"}
     steps = EPOCHS * MINI_BATCHES
-    assert host_reads(ops_of_update(FUSED, args=args)) == steps
-    assert host_reads(ops_of_update(FUSED, args={**args, "adapt_before_first_step": True})) == steps + 1
+    extras = [{}, {"adapt_before_first_step": True}, {"kl_rule": "rsl_rl_4"}, {"kl_rule": "proportional"}]
+    extras += [{"early_stop_kl": 0.02}, {"kl_coef": 0.1, "kl_target": 0.01}, {"optimizer": "sgd"}]
+    for extra in extras:
+        assert host_reads(ops_of_update(FUSED, args={**args, **extra})) == 1, extra
     assert host_reads(ops_of_update("PPO", args=args)) >= 4 * steps
 
 
@@ -245,7 +248,9 @@ def test_the_keys_of_loss_dict(args: dict, extra: list[str], train: Callable) ->
     stock = train("PPO", 1, args=args).losses[0]
     fused = train(FUSED, 1, args=args).losses[0]
     assert list(stock) == ["value", "surrogate", "entropy", *extra]
-    assert list(fused) == [*stock, "kl", "clip_fraction", "approx_kl", "first_kl"]
+    kl = ["kl", "clip_fraction", "approx_kl", "first_kl", "max_kl", "last_kl"]
+    rates = ["learning_rate_min", "learning_rate_max"] if args.get("schedule", "adaptive") == "adaptive" else []
+    assert list(fused) == [*stock, *kl, *rates]
     assert all(type(value) is float for value in fused.values())
 
 
