@@ -6,7 +6,7 @@ import torch
 from bench_loss import make_inputs
 
 import pyfast_ppo
-from pyfast_ppo import backends
+from pyfast_ppo import backends, kl
 
 SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300), (5, 2000)]
 
@@ -21,8 +21,9 @@ def run(backend: str) -> None:
             pyfast_ppo.ppo_loss_and_grad(*inputs, **options, row_index=order)
             inputs[1] = inputs[1].detach().repeat(num_rows, 1).requires_grad_()
             pyfast_ppo.ppo_loss_and_grad(*inputs, **options, use_clipped_value_loss=False)
-            mean, std, _, actions, _, old_mean, old_std, *_ = inputs
+            mean, std, _, actions, old_log_prob, old_mean, old_std, *_ = inputs
             pyfast_ppo.gaussian_log_prob(actions, mean, std, backend=backend).sum().backward()
+            kl.gaussian_loss(actions, mean, std, old_log_prob, backend=backend).sum().backward()
             pyfast_ppo.gaussian_kl(old_mean, old_std, mean, std, backend=backend).sum().backward()
             pyfast_ppo.gaussian_entropy(std, backend=backend).sum().backward()
         rewards = torch.randn(num_actions, num_rows, device="cuda")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests on the device, compute-sanitizer, benchmarks.
 #   bash bench/on_gpu.sh [results directory]      default: bench/results/<gpu>; the logs lie beside the JSON files
+#   WHEELS=folder bash bench/on_gpu.sh            installs the wheels in it first: rsl-rl-lib, tensordict, hypothesis …
 # Runs on where a step fails, and says at the end which did. torch, triton and pytest must be there.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,14 +20,17 @@ step() {  # name, seconds at most, command
 }
 
 export TRITON_DEFAULT_FP_FUSION=1 PYFAST_PPO_CUDA=on PYFAST_PPO_CUDA_ARCHS=${PYFAST_PPO_CUDA_ARCHS:-native}
+[ -z "${WHEELS:-}" ] || step wheels 120 python3 -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
 step build 300 python3 -m pip install -q --no-build-isolation --no-deps .
 step doctor 60 python3 -m pyfast_ppo doctor
 step tests 400 python3 -m pytest -q --maxfail=20 tests/ops tests/triton_kernels -k "triton or cuda"
+step update 120 python3 -m pytest -q tests/rsl_rl/test_no_host_sync.py
 for tool in memcheck racecheck initcheck; do
   step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
 done
 step loss 240 python3 bench/bench_loss.py --device cuda --rounds 20 --save "$(basename "$results")"
 step launch 60 python3 bench/bench_launch.py --device cuda --save "$(basename "$results")"
+step kl 60 python3 bench/bench_kl.py --device cuda --save "$(basename "$results")"
 step gae 120 python3 bench/bench_gae.py --device cuda --save "$(basename "$results")"
 
 printf '\n=== done (%d s): %s\n' "$SECONDS" "$results"

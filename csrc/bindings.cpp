@@ -61,6 +61,15 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     gaussian_log_prob_backward(shape(s), views[0], views[1], views[2], grad_view, results[0], results[1]);
   });
+  m.def("gaussian_kl_loss",
+        [](const PyShape& s, int which, const py::object& actions, const py::object& mean, const py::object& std,
+           const py::object& old_log_prob, const py::object& value, const py::object& coefficient) {
+          const View views[] = {row_or_matrix(actions), row_or_matrix(mean), row_or_matrix(std), view(old_log_prob)};
+          const Output results[] = {output(value), output(coefficient)};
+          py::gil_scoped_release release;
+          gaussian_kl_loss(shape(s), static_cast<KlLoss>(which), views[0], views[1], views[2], views[3], results[0],
+                           results[1]);
+        });
   m.def("gaussian_entropy", [](const PyShape& s, const py::object& std, const py::object& out) {
     const View views[] = {row_or_matrix(std)};
     const Output result = output(out);

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from pyfast_ppo.ops.gaussian import gaussian_kl as gaussian
-from pyfast_ppo.reference import MAX_LOG_RATIO, expm1_minus
+from pyfast_ppo.ops.gaussian import gaussian_kl_loss
+from pyfast_ppo.reference import KL_LOSSES, MAX_LOG_RATIO, expm1_minus, k3, kl_loss_terms
 
 __all__ = [
     "categorical",
     "control_variate",
     "estimate",
     "gaussian",
+    "gaussian_loss",
     "loss",
     "multi_categorical",
     "sequence_loss",
@@ -69,7 +71,7 @@ def estimate(log_ratio: Tensor, estimator: str = "k3", sampled_from: str = "old"
     x = log_ratio.detach() if sampled_from == "old" else -log_ratio.detach()
     if estimator == "k1":
         return -x
-    return 0.5 * x * x if estimator == "k2" else _k3(x)
+    return 0.5 * x * x if estimator == "k2" else k3(x)
 
 
 def control_variate(log_ratio: Tensor, sampled_from: str = "old", weight: float | None = None) -> Tensor:
@@ -145,36 +147,58 @@ def loss(log_ratio: Tensor, direction: str = "old_new", sampled_from: str = "old
     _check("direction", direction, DIRECTIONS)
     _check("sampled_from", sampled_from, POLICIES)
     _check("form", form, ESTIMATORS)
-    x = log_ratio.detach()
-    clamped = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    r = torch.exp(clamped)
-    case = (direction, sampled_from, form)
-    if case == ("old_new", "old", "k1"):
-        value, coefficient = -x, -torch.ones_like(x)
-    elif case == ("old_new", "old", "k3"):
-        value, coefficient = _k3(x), torch.expm1(clamped)
-    elif case == ("new_old", "old", "k1"):
-        value, coefficient = r * x, r * (x + 1.0)
-    elif case == ("new_old", "old", "k2"):
-        value, coefficient = 0.5 * r * x * x, r * x
-    elif case == ("new_old", "old", "k3"):
-        value, coefficient = r * _k3(-x), r * x  # r ((1/r - 1) + ℓ)
-    elif case == ("new_old", "new", "k1"):
-        value, coefficient = x, x
-    elif case == ("new_old", "new", "k2"):
-        value, coefficient = 0.5 * x * x, x
-    elif case == ("new_old", "new", "k3"):
-        value, coefficient = _k3(-x), x
-    elif case == ("old_new", "new", "k1"):
-        value, coefficient = -x / r, -1.0 / r
-    elif case == ("old_new", "new", "k3"):
-        value, coefficient = _k3(-x), -torch.expm1(-clamped)
-    else:
+    value, coefficient = kl_loss_terms(log_ratio, _which_loss(direction, sampled_from, form))
+    return value + coefficient * (log_ratio - log_ratio.detach())
+
+
+def gaussian_loss(
+    actions: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    old_log_prob: Tensor,
+    direction: str = "old_new",
+    sampled_from: str = "old",
+    form: str = "k3",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``loss`` of a diagonal Gaussian policy: log-ratio, value and coefficient in one pass, all gradients in another.
+
+    ℓ is log N(actions; mean, std²) - old_log_prob. Where the old policy is a Gaussian too, ``gaussian`` is exact and
+    has no action noise; this is for an old policy of which only the log-probability is known.
+
+    Args:
+        actions: [N, A]; any leading dimensions. They count as given: no gradient.
+        mean: [N, A].
+        std: [A] or [N, A], > 0.
+        old_log_prob: [N], no gradient.
+        direction: As in ``loss``.
+        sampled_from: As in ``loss``.
+        form: As in ``loss``.
+        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
+
+    Returns:
+        [N], in nats, to be averaged and minimised. First derivatives only, of mean and std.
+
+    Raises:
+        ValueError: An unknown name, or a form that has not this gradient.
+        ValueError, TypeError, RuntimeError: As ``ppo_loss``.
+    """
+    which = _which_loss(direction, sampled_from, form)
+    return gaussian_kl_loss(actions, mean, std, old_log_prob, which, backend=backend)
+
+
+def _which_loss(direction: str, sampled_from: str, form: str) -> int:
+    """Its place in ``KL_LOSSES``."""
+    _check("direction", direction, DIRECTIONS)
+    _check("sampled_from", sampled_from, POLICIES)
+    _check("form", form, ESTIMATORS)
+    if (direction, sampled_from, form) not in KL_LOSSES:
         raise ValueError(
             "form 'k2' has not the gradient of KL(old‖new), "
             f"from samples of the {sampled_from} policy; use 'k1' or 'k3'"
         )
-    return value + coefficient * (log_ratio - x)
+    return KL_LOSSES.index((direction, sampled_from, form))
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------
@@ -288,12 +312,6 @@ def multi_categorical(logits_p: Tensor, logits_q: Tensor, sizes: list[int]) -> T
             )
     parts = zip(logits_p.split(sizes, -1), logits_q.split(sizes, -1), strict=True)
     return sum(categorical(p, q) for p, q in parts)
-
-
-def _k3(x: Tensor) -> Tensor:
-    """eˣ - 1 - x; the exponential is clamped, the logarithm is not: an outlier stays visible."""
-    clamped = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return expm1_minus(clamped) + (clamped - x)
 
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -21,6 +21,22 @@ METRICS = ("loss", "surrogate", "value_loss", "entropy", "kl", "approx_kl", "cli
 """The order of the metrics that every backend returns, the loss first."""
 
 
+KL_LOSSES = (
+    ("old_new", "old", "k1"),
+    ("old_new", "old", "k3"),
+    ("new_old", "old", "k1"),
+    ("new_old", "old", "k2"),
+    ("new_old", "old", "k3"),
+    ("new_old", "new", "k1"),
+    ("new_old", "new", "k2"),
+    ("new_old", "new", "k3"),
+    ("old_new", "new", "k1"),
+    ("old_new", "new", "k3"),
+)
+"""Direction of the KL, the policy that was sampled, the form: the losses that ``kl.loss`` describes, in the order in
+which the kernels count them."""
+
+
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any of the tensors is, else float32."""
     for t in tensors:
@@ -64,6 +80,43 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     delta = torch.where(near, torch.log1p(torch.where(near, e, 0.0)), torch.log(std_p / std_q))
     m = (mean_p - mean_q) / std_q
     return (0.5 * (expm1_minus(2.0 * delta) + m * m)).sum(-1)
+
+
+def kl_loss_terms(log_ratio: Tensor, which: int) -> tuple[Tensor, Tensor]:
+    """(value, d value / d log π_new) of the loss ``KL_LOSSES[which]`` in ℓ. Elementwise, no gradient of its own."""
+    x = log_ratio.detach()
+    clamped = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    match KL_LOSSES[which]:
+        case ("old_new", "old", "k1"):
+            return -x, -torch.ones_like(x)
+        case ("old_new", "old", "k3"):
+            return k3(x), torch.expm1(clamped)
+        case ("new_old", "old", "k1"):
+            r = torch.exp(clamped)
+            return r * x, r * (x + 1.0)
+        case ("new_old", "old", "k2"):
+            r = torch.exp(clamped)
+            return 0.5 * r * x * x, r * x
+        case ("new_old", "old", "k3"):
+            r = torch.exp(clamped)
+            return r * k3(-x), r * x  # r ((1/r - 1) + ℓ)
+        case ("new_old", "new", "k1"):
+            return x, x
+        case ("new_old", "new", "k2"):
+            return 0.5 * x * x, x
+        case ("new_old", "new", "k3"):
+            return k3(-x), x
+        case ("old_new", "new", "k1"):
+            inv_r = torch.exp(-clamped)
+            return -x * inv_r, -inv_r
+        case ("old_new", "new", "k3"):
+            return k3(-x), -torch.expm1(-clamped)
+
+
+def k3(x: Tensor) -> Tensor:
+    """eˣ - 1 - x; the exponential is clamped, the logarithm is not: an outlier stays visible."""
+    clamped = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return expm1_minus(clamped) + (clamped - x)
 
 
 def ppo_loss(

@@ -12,7 +12,7 @@ class RslRlSchedule:
     kl > 2 · desired_kl lowers the rate by 1.5, down to ``min_rate``; kl < ½ · desired_kl raises it by 1.5, up to
     ``max_rate``. rsl_rl raises it only if kl > 0, which is meant to leave out the first mini-batch, where the policy
     has not moved yet; but there the KL is 0 only if rounding makes it so. Here ``step_taken`` says it. A KL that is NaN
-    changes nothing.
+    changes nothing, and one that is infinite never raises the rate.
     """
 
     factor = 1.5
@@ -38,7 +38,8 @@ class RslRlSchedule:
             raised = torch.where(step_taken, raised, lr)
         elif not step_taken:
             raised = lr
-        return torch.where(kl > self.desired_kl * 2.0, lowered, torch.where(kl < self.desired_kl / 2.0, raised, lr))
+        low = (kl < self.desired_kl / 2.0) & (kl > -torch.inf)
+        return torch.where(kl > self.desired_kl * 2.0, lowered, torch.where(low, raised, lr))
 
 
 class RslRlScheduleBefore5(RslRlSchedule):

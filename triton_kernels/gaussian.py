@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import HALF_LOG_2PI, HALF_LOG_2PI_E, kl_terms, log_or_nan, ratio_terms, reciprocal_or_nan
+from .math import HALF_LOG_2PI, HALF_LOG_2PI_E, kl_loss_terms, kl_terms, log_or_nan, ratio_terms, reciprocal_or_nan
 
 
 @triton.jit
@@ -38,6 +38,19 @@ def _store(ptr, first, rows, cols, mask, gradient, A: tl.constexpr, SHARED: tl.c
         tl.store(at, gradient.to(ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _log_probs(
+    actions_ptr, mean_ptr, std_ptr, first, rows, cols, mask,
+    A: tl.constexpr, ACTIONS_STRIDE: tl.constexpr, MEAN_STRIDE: tl.constexpr, STD_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N]."""
+    actions = _load(actions_ptr, first, rows, cols, mask, ACTIONS_STRIDE, 0.0)
+    mean = _load(mean_ptr, first, rows, cols, mask, MEAN_STRIDE, 0.0)
+    std = _load(std_ptr, first, rows, cols, mask, STD_STRIDE, 1.0)
+    z = (actions - mean) * reciprocal_or_nan(std)
+    return -tl.sum(0.5 * z * z + log_or_nan(std), 1) - A * HALF_LOG_2PI
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def log_prob_kernel(
     actions_ptr, mean_ptr, std_ptr, out_ptr, num_rows,
@@ -45,12 +58,26 @@ def log_prob_kernel(
     BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     first, rows, cols, in_rows, mask = _tile(num_rows, A, BLOCK_N, BLOCK_A)
-    actions = _load(actions_ptr, first, rows, cols, mask, ACTIONS_STRIDE, 0.0)
-    mean = _load(mean_ptr, first, rows, cols, mask, MEAN_STRIDE, 0.0)
-    std = _load(std_ptr, first, rows, cols, mask, STD_STRIDE, 1.0)
-    z = (actions - mean) * reciprocal_or_nan(std)
-    total = tl.sum(0.5 * z * z + log_or_nan(std), 1)
-    tl.store(out_ptr + first + rows, -total - A * HALF_LOG_2PI, mask=in_rows)
+    total = _log_probs(
+        actions_ptr, mean_ptr, std_ptr, first, rows, cols, mask, A, ACTIONS_STRIDE, MEAN_STRIDE, STD_STRIDE
+    )
+    tl.store(out_ptr + first + rows, total, mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def kl_loss_kernel(
+    old_log_prob_ptr, actions_ptr, mean_ptr, std_ptr, value_ptr, coefficient_ptr, num_rows,
+    A: tl.constexpr, ACTIONS_STRIDE: tl.constexpr, MEAN_STRIDE: tl.constexpr, STD_STRIDE: tl.constexpr,
+    WHICH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    first, rows, cols, in_rows, mask = _tile(num_rows, A, BLOCK_N, BLOCK_A)
+    log_prob = _log_probs(
+        actions_ptr, mean_ptr, std_ptr, first, rows, cols, mask, A, ACTIONS_STRIDE, MEAN_STRIDE, STD_STRIDE
+    )
+    old_log_prob = tl.load(old_log_prob_ptr + first + rows, mask=in_rows, other=0.0).to(tl.float32)
+    value, coefficient = kl_loss_terms(log_prob - old_log_prob, WHICH)
+    tl.store(value_ptr + first + rows, value, mask=in_rows)
+    tl.store(coefficient_ptr + first + rows, coefficient, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

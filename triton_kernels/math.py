@@ -98,3 +98,34 @@ def kl_terms(mean_p, mean_q, inv_std_q, ratio_expm1, ratio_phi):
     """KL(p‖q) in one dimension and its derivatives in mean_p, log std_p and log std_q (mean_q: the first, negated)."""
     m = (mean_p - mean_q) * inv_std_q
     return 0.5 * (ratio_phi + m * m), m * inv_std_q, ratio_expm1, -(ratio_expm1 + m * m)
+
+
+@triton.jit
+def kl_loss_terms(x, WHICH: tl.constexpr):
+    """(value, coefficient) of a loss in the log-ratio x; ``WHICH`` is its place in ``reference.KL_LOSSES``."""
+    clamped = tl.where(x < -MAX_LOG_RATIO, -MAX_LOG_RATIO, tl.where(x > MAX_LOG_RATIO, MAX_LOG_RATIO, x))
+    r, phi = exp_terms(clamped)
+    inv_r, phi_down = exp_terms(-clamped)
+    k3_old = phi + (clamped - x)  # (r - 1) - x
+    k3_new = phi_down + (x - clamped)  # (1/r - 1) + x
+    if WHICH == 0:
+        value, coefficient = -x, tl.zeros_like(x) - 1.0
+    elif WHICH == 1:
+        value, coefficient = k3_old, phi + clamped
+    elif WHICH == 2:
+        value, coefficient = r * x, r * (x + 1.0)
+    elif WHICH == 3:
+        value, coefficient = 0.5 * r * x * x, r * x
+    elif WHICH == 4:
+        value, coefficient = r * k3_new, r * x
+    elif WHICH == 5:
+        value, coefficient = x, x
+    elif WHICH == 6:
+        value, coefficient = 0.5 * x * x, x
+    elif WHICH == 7:
+        value, coefficient = k3_new, x
+    elif WHICH == 8:
+        value, coefficient = -x * inv_r, -inv_r
+    else:
+        value, coefficient = k3_new, clamped - phi_down  # 1 - 1/r
+    return value, coefficient

@@ -18,6 +18,7 @@ constexpr int kGaussianOutputs = 3;
 struct GaussianCall {
   GaussianShape shape;
   View in[4];
+  KlLoss kl_loss;
   View grad;                      // [N], backward only
   Output out[kGaussianOutputs];   // data null: not wanted
   bool shared[kGaussianOutputs];  // the output is [A], a sum over rows
@@ -95,6 +96,14 @@ void gaussian_log_prob_backward(const GaussianShape& shape, View actions, View m
   call.in[0] = actions, call.in[1] = mean, call.in[2] = std, call.grad = grad;
   call.out[0] = grad_mean, call.out[1] = grad_std, call.shared[1] = std.row_stride == 0;
   with_arithmetic(call, PYFAST_PPO_RUN(gaussian_log_prob_backward_tile, call));
+}
+
+void gaussian_kl_loss(const GaussianShape& shape, KlLoss kl_loss, View actions, View mean, View std, View old_log_prob,
+                      Output value, Output coefficient) {
+  GaussianCall call = make_call(shape);
+  call.in[0] = actions, call.in[1] = mean, call.in[2] = std, call.in[3] = old_log_prob, call.kl_loss = kl_loss;
+  call.out[0] = value, call.out[1] = coefficient;
+  with_arithmetic(call, PYFAST_PPO_RUN(gaussian_kl_loss_tile, call));
 }
 
 void gaussian_entropy(const GaussianShape& shape, View std, Output out) {

@@ -1,6 +1,7 @@
 // Log-probability, entropy and KL of diagonal Gaussians, row by row, and their gradients.
 #pragma once
 
+#include "../math/kl.h"
 #include "../tensor.h"
 
 namespace pyfast_ppo {
@@ -19,6 +20,10 @@ void gaussian_log_prob(const GaussianShape&, View actions, View mean, View std, 
 // grad: [N]. grad_actions is the negative of grad_mean.
 void gaussian_log_prob_backward(const GaussianShape&, View actions, View mean, View std, View grad, Output grad_mean,
                                 Output grad_std);
+
+// The same less old_log_prob [N] is a log-ratio; value[r] and coefficient[r] are those of the loss in it.
+void gaussian_kl_loss(const GaussianShape&, KlLoss, View actions, View mean, View std, View old_log_prob, Output value,
+                      Output coefficient);
 
 // out[r] = sum over j of log std + 1/2 log(2 pi e)
 void gaussian_entropy(const GaussianShape&, View std, Output out);

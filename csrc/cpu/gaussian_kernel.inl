@@ -20,11 +20,14 @@ struct GaussianTile {
     repeat_each(read_rows(call.grad, row, rows, 1, array(scratch)), rows, call.shape.num_actions, array(i));
     return array(i);
   }
-  void write_row_sums(const T* terms, T constant, int scratch) const {
+  T* row_sums(const T* terms, T constant, int scratch) const {
     T* sums = array(scratch);
     sum_each_row(terms, rows, call.shape.num_actions, sums);
     for (int64_t r = 0; r < rows; ++r) sums[r] += constant;
-    write_back(call.out[0], row, rows, sums);
+    return sums;
+  }
+  void write_row_sums(const T* terms, T constant, int scratch) const {
+    write_back(call.out[0], row, rows, row_sums(terms, constant, scratch));
   }
   // A gradient [N, A], or this tile's share of the sum over rows for a shared std.
   void write_gradient(const T* gradient, int output) const {
@@ -40,15 +43,47 @@ struct GaussianTile {
   int64_t tile_index() const { return row / call.tile_rows; }
 };
 
+// One for each row, in scratch array 4.
 template <class T>
-void gaussian_log_prob_tile(const GaussianCall& call, int64_t index, T* memory) {
-  const GaussianTile<T> tile(call, index, memory);
+T* log_probs(const GaussianTile<T>& tile) {
+  const GaussianCall& call = tile.call;
   const T *actions = tile.read(call.in[0], 0), *mean = tile.read(call.in[1], 1), *std = tile.read(call.in[2], 2);
   T* terms = tile.array(3);
   for (int64_t i = 0; i < tile.n; ++i) {
     terms[i] = log_prob_terms(actions[i], mean[i], std[i]).value;
   }
-  tile.write_row_sums(terms, static_cast<T>(-kHalfLog2Pi * static_cast<double>(call.shape.num_actions)), 4);
+  return tile.row_sums(terms, static_cast<T>(-kHalfLog2Pi * static_cast<double>(call.shape.num_actions)), 4);
+}
+
+template <class T>
+void gaussian_log_prob_tile(const GaussianCall& call, int64_t index, T* memory) {
+  const GaussianTile<T> tile(call, index, memory);
+  write_back(call.out[0], tile.row, tile.rows, log_probs(tile));
+}
+
+template <KlLoss which, class T>
+void kl_losses(const T* log_prob, const T* old_log_prob, int64_t rows, T* value, T* coefficient) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const KlLossTerms<T> terms = kl_loss_terms(which, log_prob[r] - old_log_prob[r]);
+    value[r] = terms.value;
+    coefficient[r] = terms.coefficient;
+  }
+}
+
+template <class T>
+void gaussian_kl_loss_tile(const GaussianCall& call, int64_t index, T* memory) {
+  static constexpr decltype(&kl_losses<KlLoss{}, T>) kLosses[] = {
+      kl_losses<KlLoss::kOldNewOldK1, T>, kl_losses<KlLoss::kOldNewOldK3, T>, kl_losses<KlLoss::kNewOldOldK1, T>,
+      kl_losses<KlLoss::kNewOldOldK2, T>, kl_losses<KlLoss::kNewOldOldK3, T>, kl_losses<KlLoss::kNewOldNewK1, T>,
+      kl_losses<KlLoss::kNewOldNewK2, T>, kl_losses<KlLoss::kNewOldNewK3, T>, kl_losses<KlLoss::kOldNewNewK1, T>,
+      kl_losses<KlLoss::kOldNewNewK3, T>};
+  const GaussianTile<T> tile(call, index, memory);
+  const T* log_prob = log_probs(tile);
+  const T* old_log_prob = read_rows(call.in[3], tile.row, tile.rows, 1, tile.array(5));
+  T *value = tile.array(6), *coefficient = tile.array(7);
+  kLosses[static_cast<int>(call.kl_loss)](log_prob, old_log_prob, tile.rows, value, coefficient);
+  write_back(call.out[0], tile.row, tile.rows, value);
+  write_back(call.out[1], tile.row, tile.rows, coefficient);
 }
 
 template <class T>

@@ -59,6 +59,11 @@ void bind(py::module_ m) {
           gae(gae_args(sizes, inputs, gamma, lam, normalize, outputs), use_double, address_of(moments), stream(where));
         });
   m.def("gaussian_blocks", [](const PyShape& s) { return gaussian_blocks(shape(s)); });
+  m.def("gaussian_kl_loss", [](const PyShape& s, int which, const py::tuple& inputs, const py::object& old_log_prob,
+                               const py::object& value, const py::object& coefficient, const PyStream& where) {
+    gaussian_kl_loss(static_cast<KlLoss>(which), shape(s), views(inputs).data(), view(old_log_prob), output(value),
+                     output(coefficient), stream(where));
+  });
   bind_gaussian(m, "gaussian_log_prob", Gaussian::kLogProb);
   bind_gaussian(m, "gaussian_entropy", Gaussian::kEntropy);
   bind_gaussian(m, "gaussian_kl", Gaussian::kKl);

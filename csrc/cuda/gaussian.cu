@@ -13,13 +13,39 @@ constexpr int kThreads = 256;
 constexpr int kRowsOfBlock = 128;  // of the backward pass
 constexpr int kMost = 4;           // inputs
 
+struct Call {
+  GaussianShape shape;
+  View inputs[kMost];
+  int lanes;  // of a row
+  Output out;
+  KlLoss kl_loss;
+  View old_log_prob;
+  Output coefficient;
+  View grad;
+  Output gradients[3];
+  bool of_shared_row[3];
+};
+
+template <class T>
+__device__ __forceinline__ T read(const View& view, int64_t row, int64_t col) {
+  return read_element<T>(view.data, view.dtype, row * view.row_stride + col * view.col_stride);
+}
+
+// What becomes of the sum of a row's terms.
+struct WritesSum {
+  template <class T>
+  __device__ static void finish(const Call& call, int64_t row, T sum) {
+    write_element(call.out, row, sum);
+  }
+};
+
 template <class T>
 struct Terms {
   T value;
   T gradients[3];
 };
 
-struct LogProb {
+struct LogProb : WritesSum {
   static constexpr int kInputs = 3, kGradients = 2;
   static constexpr int kStdOf[] = {-1, 2};  // the input that a gradient belongs to, if that may be a shared row
   static constexpr double kConstant = -kHalfLog2Pi;
@@ -30,7 +56,16 @@ struct LogProb {
   }
 };
 
-struct Entropy {
+struct KlLossOfLogProb : LogProb {
+  template <class T>
+  __device__ static void finish(const Call& call, int64_t row, T sum) {
+    const KlLossTerms<T> terms = kl_loss_terms(call.kl_loss, sum - read<T>(call.old_log_prob, row, 0));
+    write_element(call.out, row, terms.value);
+    write_element(call.coefficient, row, terms.coefficient);
+  }
+};
+
+struct Entropy : WritesSum {
   static constexpr int kInputs = 1, kGradients = 1;
   static constexpr int kStdOf[] = {-1};
   static constexpr double kConstant = kHalfLog2PiE;
@@ -40,7 +75,7 @@ struct Entropy {
   }
 };
 
-struct Kl {
+struct Kl : WritesSum {
   static constexpr int kInputs = 4, kGradients = 3;
   static constexpr int kStdOf[] = {-1, 1, 3};
   static constexpr double kConstant = 0.0;
@@ -50,21 +85,6 @@ struct Kl {
     return {t.value, {t.d_mean_p, t.d_std_p, t.d_std_q}};
   }
 };
-
-struct Call {
-  GaussianShape shape;
-  View inputs[kMost];
-  int lanes;  // of a row
-  Output out;
-  View grad;
-  Output gradients[3];
-  bool of_shared_row[3];
-};
-
-template <class T>
-__device__ __forceinline__ T read(const View& view, int64_t row, int64_t col) {
-  return read_element<T>(view.data, view.dtype, row * view.row_stride + col * view.col_stride);
-}
 
 template <class Function, class T>
 __device__ __forceinline__ Terms<T> terms_at(const Call& call, int64_t row, int64_t col) {
@@ -87,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) gaussian_kernel(const __grid_cons
   }
   for (int offset = call.lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
   const T constant = static_cast<T>(Function::kConstant * static_cast<double>(call.shape.num_actions));
-  if (inside && lane == 0) write_element(call.out, row, sum + constant);
+  if (inside && lane == 0) Function::template finish<T>(call, row, sum + constant);
 }
 
 template <class Function, class T>
@@ -144,11 +164,17 @@ Call make_call(const GaussianShape& shape, const View* inputs) {
 }
 
 template <class Function>
+void run_call(const Call& call, const Stream& stream) {
+  const GaussianShape& shape = call.shape;
+  const auto kernel = shape.use_double ? gaussian_kernel<Function, double> : gaussian_kernel<Function, float>;
+  launch("gaussian_kernel", kernel, blocks_of(shape.num_rows, kThreads / call.lanes), kThreads, stream, call);
+}
+
+template <class Function>
 void run(const GaussianShape& shape, const View* inputs, const Output& out, const Stream& stream) {
   Call call = make_call<Function>(shape, inputs);
   call.out = out;
-  const auto kernel = shape.use_double ? gaussian_kernel<Function, double> : gaussian_kernel<Function, float>;
-  launch("gaussian_kernel", kernel, blocks_of(shape.num_rows, kThreads / call.lanes), kThreads, stream, call);
+  run_call<Function>(call, stream);
 }
 
 template <class Function>
@@ -176,6 +202,14 @@ void gaussian(Gaussian function, const GaussianShape& shape, const View* inputs,
                       : function == Gaussian::kEntropy ? run<Entropy>
                                                        : run<Kl>;
   run_it(shape, inputs, out, stream);
+}
+
+void gaussian_kl_loss(KlLoss which, const GaussianShape& shape, const View* inputs, const View& old_log_prob,
+                      const Output& value, const Output& coefficient, const Stream& stream) {
+  Call call = make_call<KlLossOfLogProb>(shape, inputs);
+  call.out = value, call.coefficient = coefficient;
+  call.kl_loss = which, call.old_log_prob = old_log_prob;
+  run_call<KlLossOfLogProb>(call, stream);
 }
 
 void gaussian_backward(Gaussian function, const GaussianShape& shape, const View* inputs, const View& grad,

@@ -1,6 +1,7 @@
 // Log-probability, entropy and KL of diagonal Gaussians, row by row, and their gradients.
 #pragma once
 
+#include "../math/kl.h"
 #include "../tensor.h"
 #include "launch.h"
 
@@ -22,6 +23,11 @@ enum class Gaussian {
 // out: [N]. Asynchronous, like all of these; throws std::runtime_error if the launch fails.
 void gaussian(Gaussian function, const GaussianShape& shape, const View* inputs, const Output& out,
               const Stream& stream);
+
+// The log-probability of actions, mean, std less old_log_prob [N] is a log-ratio; value and coefficient, [N], are those
+// of the loss in it.
+void gaussian_kl_loss(KlLoss which, const GaussianShape& shape, const View* inputs, const View& old_log_prob,
+                      const Output& value, const Output& coefficient, const Stream& stream);
 
 // grad: [N]. A gradient is [N, A], or, of a std that is a shared row, [gaussian_blocks(shape), A]: sums over the rows
 // of each block, to be added up.

@@ -104,7 +104,7 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
-    """(grad_actions, grad_mean, grad_std)."""
+    """(grad_mean, grad_std); the actions have the negative of the first, whose dtype suits both."""
     grad_mean, grad_std = gradient_of_both(mean, actions), gradient_of(std)
     _C.gaussian_log_prob_backward(
         _shape(*mean.shape, arithmetic_dtype(actions, mean, std)),
@@ -115,7 +115,17 @@ def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std:
         grad_mean,
         grad_std,
     )
-    return (-grad_mean).to(actions.dtype), grad_mean.to(mean.dtype), grad_std
+    return grad_mean, grad_std
+
+
+def gaussian_kl_loss(
+    which: int, actions: Tensor, mean: Tensor, std: Tensor, old_log_prob: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(value, coefficient), each [N], of the loss ``KL_LOSSES[which]``."""
+    dtype = arithmetic_dtype(actions, mean, std, old_log_prob)
+    value, coefficient = torch.empty(2, mean.shape[0], dtype=dtype).unbind()
+    _C.gaussian_kl_loss(_shape(*mean.shape, dtype), which, actions, mean, std, old_log_prob, value, coefficient)
+    return value, coefficient
 
 
 def gaussian_entropy(std: Tensor) -> Tensor:
@@ -150,7 +160,7 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
 def gaussian_kl_backward(
     grad: Tensor, mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor
 ) -> tuple[Tensor, ...]:
-    """(grad_mean_p, grad_std_p, grad_mean_q, grad_std_q)."""
+    """(grad_mean_p, grad_std_p, grad_std_q); mean_q has the negative of the first, whose dtype suits both."""
     grad_mean_p = gradient_of_both(mean_p, mean_q)
     grad_std_p, grad_std_q = gradient_of(std_p), gradient_of(std_q)
     _C.gaussian_kl_backward(
@@ -164,4 +174,4 @@ def gaussian_kl_backward(
         grad_std_p,
         grad_std_q,
     )
-    return grad_mean_p.to(mean_p.dtype), grad_std_p, (-grad_mean_p).to(mean_q.dtype), grad_std_q
+    return grad_mean_p, grad_std_p, grad_std_q

@@ -149,11 +149,28 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
-    """(grad_actions, grad_mean, grad_std)."""
-    grad_mean, grad_std = _gradients(
-        _cuda.gaussian_log_prob_backward, grad, (actions, mean, std), (mean, std), (actions, None)
+    """(grad_mean, grad_std); the actions have the negative of the first, whose dtype suits both."""
+    return _gradients(_cuda.gaussian_log_prob_backward, grad, (actions, mean, std), (mean, std), (actions, None))
+
+
+def gaussian_kl_loss(
+    which: int, actions: Tensor, mean: Tensor, std: Tensor, old_log_prob: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(value, coefficient), each [N], of the loss ``KL_LOSSES[which]``."""
+    dtype, device = arithmetic_dtype(actions, mean, std, old_log_prob), mean.device
+    value, coefficient = torch.empty(2, mean.shape[0], dtype=dtype, device=device).unbind()
+    _launch(
+        _cuda.gaussian_kl_loss,
+        device,
+        (*mean.shape, dtype == torch.float64),
+        which,
+        (actions, mean, std),
+        old_log_prob,
+        value,
+        coefficient,
+        _stream(device),
     )
-    return (-grad_mean).to(actions.dtype), grad_mean.to(mean.dtype), grad_std
+    return value, coefficient
 
 
 def gaussian_entropy(std: Tensor) -> Tensor:
@@ -174,15 +191,14 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
 def gaussian_kl_backward(
     grad: Tensor, mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor
 ) -> tuple[Tensor, ...]:
-    """(grad_mean_p, grad_std_p, grad_mean_q, grad_std_q)."""
-    grad_mean_p, grad_std_p, grad_std_q = _gradients(
+    """(grad_mean_p, grad_std_p, grad_std_q); mean_q has the negative of the first, whose dtype suits both."""
+    return _gradients(
         _cuda.gaussian_kl_backward,
         grad,
         (mean_p, std_p, mean_q, std_q),
         (mean_p, std_p, std_q),
         (mean_q, None, None),
     )
-    return grad_mean_p.to(mean_p.dtype), grad_std_p, (-grad_mean_p).to(mean_q.dtype), grad_std_q
 
 
 def _shape(inputs: tuple[Tensor, ...]) -> tuple[int, int, bool]:

@@ -227,10 +227,19 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
-    """(grad_actions, grad_mean, grad_std)."""
+    """(grad_mean, grad_std); the actions have the negative of the first, whose dtype suits both."""
     inputs = {"ACTIONS": actions, "MEAN": mean, "STD": std}
-    grad_mean, grad_std = _gradients("log_prob_backward_kernel", grad, inputs, (mean, std), (actions, None))
-    return (-grad_mean).to(actions.dtype), grad_mean.to(mean.dtype), grad_std
+    return _gradients("log_prob_backward_kernel", grad, inputs, (mean, std), (actions, None))
+
+
+def gaussian_kl_loss(
+    which: int, actions: Tensor, mean: Tensor, std: Tensor, old_log_prob: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(value, coefficient), each [N], of the loss ``KL_LOSSES[which]``."""
+    value, coefficient = torch.empty(2, mean.shape[0], dtype=torch.float32, device=mean.device).unbind()
+    inputs = {"ACTIONS": actions, "MEAN": mean, "STD": std}
+    _launch("kl_loss_kernel", (old_log_prob.contiguous(),), inputs, [value, coefficient], WHICH=which)
+    return value, coefficient
 
 
 def gaussian_entropy(std: Tensor) -> Tensor:
@@ -251,15 +260,14 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
 def gaussian_kl_backward(
     grad: Tensor, mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor
 ) -> tuple[Tensor, ...]:
-    """(grad_mean_p, grad_std_p, grad_mean_q, grad_std_q)."""
+    """(grad_mean_p, grad_std_p, grad_std_q); mean_q has the negative of the first, whose dtype suits both."""
     inputs = {"MEAN_P": mean_p, "STD_P": std_p, "MEAN_Q": mean_q, "STD_Q": std_q}
-    grad_mean_p, grad_std_p, grad_std_q = _gradients(
-        "kl_backward_kernel", grad, inputs, (mean_p, std_p, std_q), (mean_q, None, None)
-    )
-    return grad_mean_p.to(mean_p.dtype), grad_std_p, (-grad_mean_p).to(mean_q.dtype), grad_std_q
+    return _gradients("kl_backward_kernel", grad, inputs, (mean_p, std_p, std_q), (mean_q, None, None))
 
 
-def _launch(kernel: str, leading: tuple[Tensor, ...], inputs: dict[str, Tensor], outputs: list[Tensor]) -> None:
+def _launch(
+    kernel: str, leading: tuple[Tensor, ...], inputs: dict[str, Tensor], outputs: list[Tensor], **constants: int
+) -> None:
     num_rows, num_actions = _num_rows(inputs), next(iter(inputs.values())).shape[-1]
     shape = _kernels("ppo_loss").block_shape(num_actions)
     matrices = {key: _matrix(t) for key, t in inputs.items()}
@@ -271,6 +279,7 @@ def _launch(kernel: str, leading: tuple[Tensor, ...], inputs: dict[str, Tensor],
             num_rows,
             A=num_actions,
             **{f"{key}_STRIDE": stride for key, (_, stride) in matrices.items()},
+            **constants,
             **shape,
             **_options(),
         )

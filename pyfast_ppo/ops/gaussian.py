@@ -84,6 +84,28 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor, *,
     return _apply("gaussian_kl", backend, device, flat).view(leading)
 
 
+def gaussian_kl_loss(
+    actions: Tensor, mean: Tensor, std: Tensor, old_log_prob: Tensor, which: int, *, backend: str | None = None
+) -> Tensor:
+    """``kl.gaussian_loss``; ``which``: the loss's place in ``reference.KL_LOSSES``."""
+    leading = arguments.check_matrix("mean", mean)
+    device, shape = mean.device, mean.shape
+    flat = (
+        arguments.rows("actions", actions, shape, device),
+        arguments.rows("mean", mean, shape, device),
+        arguments.row_or_rows("std", std, shape, device),
+        arguments.vector("old_log_prob", old_log_prob, leading, device),
+    )
+    dtype = reference.arithmetic_dtype(*flat)
+    run = None if torch.compiler.is_compiling() else backends.select(backend, device, dtype)
+    if run is None or run.name == "eager":
+        actions, mean, std, old_log_prob = (reference.savable(t).to(dtype) for t in flat)
+        log_ratio = reference.gaussian_log_prob(actions.detach(), mean, std) - old_log_prob.detach().reshape(-1)
+        value, coefficient = reference.kl_loss_terms(log_ratio, which)
+        return (value + coefficient * (log_ratio - log_ratio.detach())).view(leading)
+    return _KlLoss.apply(run, which, *flat).view(leading)
+
+
 def _apply(operation: str, backend: str | None, device: torch.device, flat: tuple[Tensor, ...]) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler sees the formula itself, and fuses it
         return _reference(operation, flat)
@@ -98,6 +120,10 @@ def _reference(operation: str, flat: tuple[Tensor, ...]) -> Tensor:
     return getattr(reference, operation)(*(reference.savable(t).to(dtype) for t in flat))
 
 
+# the input whose gradient is the negative of another's, and that other one: (actions, mean), (mean_q, mean_p)
+_MIRRORED = {"gaussian_log_prob": (0, 1), "gaussian_kl": (2, 0)}
+
+
 class _Gaussian(torch.autograd.Function):
     """Both passes are kernels: backward computes the terms anew, so that nothing but the inputs is kept."""
 
@@ -110,4 +136,29 @@ class _Gaussian(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
-        return None, None, *getattr(ctx.run, ctx.operation + "_backward")(grad, *ctx.saved_tensors)
+        grads = list(getattr(ctx.run, ctx.operation + "_backward")(grad, *ctx.saved_tensors))
+        if ctx.operation in _MIRRORED:
+            mirrored, of = _MIRRORED[ctx.operation]
+            grads.insert(mirrored, None)
+            if ctx.needs_input_grad[2 + mirrored]:
+                grads[mirrored] = (-grads[of]).to(ctx.saved_tensors[mirrored].dtype)
+            grads[of] = grads[of].to(ctx.saved_tensors[of].dtype)
+        return None, None, *grads
+
+
+class _KlLoss(torch.autograd.Function):
+    """The coefficient is kept, so that backward is that of the log-probability."""
+
+    @staticmethod
+    def forward(ctx, run, which, actions, mean, std, old_log_prob):
+        value, coefficient = run.gaussian_kl_loss(which, actions, mean, std, old_log_prob)
+        ctx.run = run
+        ctx.save_for_backward(coefficient, *map(reference.savable, (actions, mean, std)))
+        return value
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, grad):
+        coefficient, actions, mean, std = ctx.saved_tensors
+        grad_mean, grad_std = ctx.run.gaussian_log_prob_backward(grad * coefficient, actions, mean, std)
+        return None, None, None, grad_mean.to(mean.dtype), grad_std, None

@@ -178,10 +178,11 @@ class FusedPPO(PPO):
             for batch in self._mini_batches():
                 self._step(batch, run)
             self._after_last_step(run)
+            loss_dict = self._loss_dict(run)
         finally:  # whatever happens, a checkpoint finds numbers
             self._rate.skip_if(None)
             if self._adaptive:
-                self.learning_rate = self._rate.finish()
+                self.learning_rate = self._rate.finish(run.last_rate)
 
         if _NORMALIZES_IN_UPDATE:
             obs = self.storage.observations.flatten(0, 1)
@@ -190,7 +191,7 @@ class FusedPPO(PPO):
             if self.rnd:
                 self.rnd.update_normalization(obs)
         self.storage.clear()
-        return self._loss_dict(run)
+        return loss_dict
 
     def _mini_batches(self) -> Iterator[RolloutStorage.Batch]:
         """The mini-batches of all epochs. rsl_rl shuffles once per update, so that each epoch has the same ones."""
@@ -343,7 +344,7 @@ class FusedPPO(PPO):
         return [*names, "kl", "clip_fraction", "approx_kl"]
 
     def _loss_dict(self, run: _Run) -> dict[str, float]:
-        """Means over the update and more; the only time that the host waits for metrics."""
+        """Means over the update and more, and the rate at its end: the only time that the host waits for the device."""
         names = self._metric_names()
         metrics = torch.stack(run.metrics).double()  # [mini-batches, metrics]
         kl = metrics[:, names.index("kl")]
@@ -355,9 +356,12 @@ class FusedPPO(PPO):
             extra["skipped_steps"] = torch.stack(run.skipped).sum()
         if self._penalty is not None:
             extra["kl_coef"] = run.kl_coef
+        if self._adaptive:
+            extra["learning_rate"] = self._rate.value
         values = torch.cat([metrics.mean(0), torch.stack([t.double() for t in extra.values()])]).tolist()
         loss_dict = dict(zip([*names, *extra], values, strict=True))
         self.kl_coef = loss_dict.get("kl_coef", self.kl_coef)
+        run.last_rate = loss_dict.pop("learning_rate", None)  # rsl_rl's logger has it from the algorithm
         return loss_dict
 
     # --- checkpoints
@@ -390,8 +394,9 @@ class _Run:
         self.metrics: list[Tensor] = []  # rows of FusedPPO._metrics
         self.rule_kls: list[Tensor] = []  # what the rule for the learning rate was fed
         self.rates: list[Tensor] = []
+        self.last_rate: float | None = None  # at the end, once the host has read it
         self.stopped: Tensor | None = None
         self.skipped: list[Tensor] = []
         self.kl_coef: float | Tensor = algorithm.kl_coef
         if algorithm._penalty is not None:  # filled in, not copied: a copy to a GPU would wait
-            self.kl_coef = torch.full((), algorithm.kl_coef, device=algorithm.device)
+            self.kl_coef = torch.full((), algorithm.kl_coef, dtype=torch.float64, device=algorithm.device)

@@ -73,9 +73,9 @@ class DeviceRate:
         self._optimizer.grad_scale = None
         self._optimizer.found_inf = None if condition is None else condition.float()
 
-    def finish(self) -> float:
-        """Plain numbers again; the one at which the update ended, for which the host waits here."""
-        rate = self._value.item()
+    def finish(self, rate: float | None = None) -> float:
+        """Plain numbers again. ``rate``: the present one, if the host has read it; else it waits for it here."""
+        rate = self._value.item() if rate is None else rate
         self._value = None
         for group in self._optimizer.param_groups:
             group["lr"] = rate

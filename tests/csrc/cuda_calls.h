@@ -71,6 +71,12 @@ inline void gaussian_log_prob_backward(const GaussianShape& shape, View actions,
   backward(cuda::Gaussian::kLogProb, shape, {actions, mean, std}, grad, {grad_mean, grad_std}, {-1, 2});
 }
 
+inline void gaussian_kl_loss(const GaussianShape& shape, KlLoss which, View actions, View mean, View std,
+                             View old_log_prob, Output value, Output coefficient) {
+  const View inputs[] = {actions, mean, std};
+  cuda::gaussian_kl_loss(which, cuda_shape(shape), inputs, old_log_prob, value, coefficient, kStream);
+}
+
 inline void gaussian_entropy(const GaussianShape& shape, View std, Output out) {
   cuda::gaussian(cuda::Gaussian::kEntropy, cuda_shape(shape), &std, out, kStream);
 }

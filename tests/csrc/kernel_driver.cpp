@@ -269,6 +269,19 @@ bool run_log_prob(Plan& plan, const Sizes& n) {
   return b.all_written();
 }
 
+bool run_kl_loss(Plan& plan, const Sizes& n) {
+  Buffers b(plan);
+  const GaussianShape shape = gaussian_shape(plan, n, b);
+  const View actions = b.input("actions", n.rows, n.cols, false), mean = b.input("mean", n.rows, n.cols, false);
+  const View std = b.input("std", n.rows, n.cols, true, plan.any_layout);
+  const View old_log_prob = b.input("old_log_prob", n.rows, 1, false);
+  const Output value = b.output("value", n.rows, b.arithmetic_dtype());
+  const Output coefficient = b.output("coefficient", n.rows, b.arithmetic_dtype());
+  const auto which = static_cast<KlLoss>(plan.pick(0, static_cast<int>(KlLoss::kOldNewNewK3)));
+  gaussian_kl_loss(shape, which, actions, mean, std, old_log_prob, value, coefficient);
+  return b.all_written();
+}
+
 bool run_entropy(Plan& plan, const Sizes& n) {
   Buffers b(plan);
   const GaussianShape shape = gaussian_shape(plan, n, b);
@@ -299,8 +312,8 @@ struct Kernel {
   bool (*run)(Plan&, const Sizes&);
 };
 
-constexpr Kernel kKernels[] = {
-    {"ppo_loss", run_ppo_loss}, {"gae", run_gae}, {"log_prob", run_log_prob}, {"entropy", run_entropy}, {"kl", run_kl}};
+constexpr Kernel kKernels[] = {{"ppo_loss", run_ppo_loss}, {"gae", run_gae},         {"log_prob", run_log_prob},
+                               {"kl_loss", run_kl_loss},   {"entropy", run_entropy}, {"kl", run_kl}};
 
 // Small ones, the borders of tiles and chunks, and rows longer than a tile.
 Sizes random_sizes(Plan& plan, int max_threads) {

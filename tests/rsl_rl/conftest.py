@@ -44,17 +44,19 @@ class PointEnv(VecEnv):
     """
 
     max_episode_length = 20
-    device = "cpu"
     step_dt = 0.1  # RND scales its weight by it
 
-    def __init__(self, num_envs: int = 32, num_actions: int = 3, images: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, num_envs: int = 32, num_actions: int = 3, images: bool = False, seed: int = 0, device: str = "cpu"
+    ) -> None:
         self.num_envs = num_envs
         self.num_actions = num_actions
         self.images = images
+        self.device = device
         self.cfg = {}
         self.generator = torch.Generator().manual_seed(seed)
         self.position = self._draw(num_envs)
-        self.episode_length_buf = torch.arange(num_envs) % self.max_episode_length
+        self.episode_length_buf = torch.arange(num_envs, device=device) % self.max_episode_length
         self.num_time_outs = self.num_terminations = 0
         self.mean_rewards: list[float] = []  # of each step
 
@@ -65,20 +67,21 @@ class PointEnv(VecEnv):
     def _draw(self, num: int) -> Tensor:
         # in float32 in any case, so that float64 runs meet the same environment
         x = torch.randn(num, 2 * self.num_actions, generator=self.generator, dtype=torch.float32)
-        return x.to(torch.get_default_dtype())
+        return x.to(self.device, torch.get_default_dtype())
 
     def get_observations(self) -> TensorDict:
         x = self.position
         groups = {"policy": x.clone(), "privileged": x.square()}
         if self.images:
             groups["image"] = (x.unsqueeze(2) * x.unsqueeze(1)).unsqueeze(1)
-        return TensorDict(groups, batch_size=[self.num_envs])
+        return TensorDict(groups, batch_size=[self.num_envs], device=self.device)
 
     def step(self, actions: Tensor) -> tuple[TensorDict, Tensor, Tensor, dict]:
         self.position = 0.9 * self.position + 0.2 * torch.cat([actions, -actions], -1)
         self.episode_length_buf += 1
         rewards = 1.0 - 0.2 * self.position.square().sum(-1)
         terminated = torch.rand(self.num_envs, generator=self.generator, dtype=torch.float32) < 0.02
+        terminated = terminated.to(self.device)
         time_outs = (self.episode_length_buf >= self.max_episode_length) & ~terminated
         dones = terminated | time_outs
         self.position[dones] = self._draw(int(dones.sum()))
@@ -209,11 +212,13 @@ def start_run(
     nudge: int | None = None,
     env_args: dict | None = None,
     log_dir: str | None = None,
+    device: str = "cpu",
     **config: dict | str,
 ) -> Run:
     """A run before its first iteration. ``nudge`` moves each parameter by one unit in the last place, up or down."""
     torch.manual_seed(seed)
-    run = Run(OnPolicyRunner(PointEnv(**(env_args or {})), make_config(algorithm, **config), log_dir, "cpu"))
+    env = PointEnv(**(env_args or {}), device=device)
+    run = Run(OnPolicyRunner(env, make_config(algorithm, **config), log_dir, device))
     if nudge is not None:
         _nudge(run.alg, nudge)
     run.alg.optimizer.register_step_pre_hook(lambda optimizer, *_: run.rates.append(optimizer.param_groups[0]["lr"]))

@@ -58,6 +58,10 @@ def main() -> None:
         "nudged": train("PPO", rank, nudge=2**-23),
         "fused": train(FUSED, rank, keep_random_stream=True),
         "default": train(FUSED, rank),
+        "proportional": train(FUSED, rank, kl_rule="proportional"),
+        "rsl_rl_4": train(FUSED, rank, kl_rule="rsl_rl_4"),
+        "early_stop": train(FUSED, rank, early_stop_kl=3e-3),
+        "penalty": train(FUSED, rank, kl_coef=0.5, kl_target=1e-3),
     }
     torch.save(results, folder / f"rank_{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -37,7 +37,7 @@ def trained(state: dict) -> dict:
     return {name: t for name, t in state.items() if not name.startswith("rnd_state_dict.target.")}
 
 
-@pytest.mark.parametrize("run", ["stock", "fused", "default"])
+@pytest.mark.parametrize("run", ["stock", "fused", "default", "proportional", "rsl_rl_4", "early_stop", "penalty"])
 def test_the_ranks_end_with_the_same_parameters_and_learning_rate(
     run: str, ranks: list[dict], state_distance: Callable
 ) -> None:
@@ -49,6 +49,16 @@ def test_the_ranks_end_with_the_same_parameters_and_learning_rate(
     assert first["rates"] == second["rates"]
     assert len(set(first["rates"])) > 2
     assert first["losses"] != second["losses"]
+
+
+@pytest.mark.parametrize(("run", "key"), [("early_stop", "skipped_steps"), ("penalty", "kl_coef")])
+def test_the_ranks_react_alike_to_the_kl(run: str, key: str, ranks: list[dict]) -> None:
+    """Each has a KL of its own; what follows from the KL is decided by the mean."""
+    first, second = ([losses[key] for losses in rank[run]["losses"]] for rank in ranks)
+    assert first == second
+    assert len(set(first)) > 1
+    kls = [[losses["max_kl"] for losses in rank[run]["losses"]] for rank in ranks]
+    assert kls[0] != kls[1]
 
 
 def test_they_end_where_ppo_ends(ranks: list[dict], state_distance: Callable) -> None:

@@ -79,6 +79,12 @@ def test_before_the_first_step_the_rate_does_not_rise_but_may_fall() -> None:
     assert schedule.update(torch.tensor(0.03), rate, step_taken=False).item() == pytest.approx(1e-3 / 1.5)
 
 
+def test_an_infinite_kl_never_raises_the_rate() -> None:
+    rate = torch.tensor(1e-3, dtype=torch.float64)
+    assert RslRlSchedule(0.01).update(torch.tensor(-math.inf), rate).item() == 1e-3
+    assert RslRlSchedule(0.01).update(torch.tensor(math.inf), rate).item() == pytest.approx(1e-3 / 1.5)
+
+
 @pytest.mark.parametrize("step_taken", [True, False])
 def test_a_kl_that_is_nan_changes_nothing(step_taken: bool) -> None:
     rate = torch.tensor(1e-3, dtype=torch.float64)

@@ -59,12 +59,12 @@ def normalize():
     return kernels.normalize_kernel, {"BLOCK": kernels.NORMALIZE_BLOCK, "BLOCK_M": 128}, 4, {}
 
 
-def gaussian(kernel: str, num_actions: int):
+def gaussian(kernel: str, num_actions: int, **options):
     shape = _kernels("ppo_loss").block_shape(num_actions)
     warps = shape.pop("num_warps")
     function = getattr(_kernels("gaussian"), kernel)
     strides = {name: num_actions for name in function.arg_names if name.endswith("_STRIDE")}
-    return function, {"A": num_actions, **strides, **shape}, warps, {}
+    return function, {"A": num_actions, **strides, **shape, **options}, warps, {}
 
 
 def compiled(function, constants: dict, warps: int, types: dict[str, str], capability: int):
@@ -128,6 +128,7 @@ def cases(capability: int) -> dict[str, tuple]:
             found[f"ppo_loss A=29 {dtype}"] = ppo_loss(29, dtype)
         for kernel in ("log_prob", "log_prob_backward", "entropy", "entropy_backward", "kl", "kl_backward"):
             found[f"{kernel} A=12"] = gaussian(f"{kernel}_kernel", 12)
+        found["kl_loss A=12"] = gaussian("kl_loss_kernel", 12, WHICH=4)
     return found
 
 
