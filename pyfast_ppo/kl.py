@@ -100,11 +100,8 @@ def control_variate(log_ratio: Tensor, sampled_from: str = "old", weight: float 
         return -x + weight * variate
     if x.numel() < 3:
         raise ValueError(f"log_ratio must have at least 3 samples to estimate the best weight, got {x.numel()}")
-    others = x.numel() - 1
-    mean_x, mean_v = (x.sum() - x) / others, (variate.sum() - variate) / others
-    covariance = ((x * variate).sum() - x * variate) / others - mean_x * mean_v
-    variance = (variate.square().sum() - variate.square()) / others - mean_v.square()
-    return -x + torch.where(variance > 0.0, covariance / variance, 0.0) * variate
+    groups = x.unsqueeze(-1), variate.unsqueeze(-1)  # of one sample each
+    return -x + _weight_of_others(*groups, torch.ones_like(groups[0])) * variate
 
 
 def loss(log_ratio: Tensor, direction: str = "old_new", sampled_from: str = "old", form: str = "k3") -> Tensor:
@@ -211,6 +208,7 @@ def sequence_loss(
     *,
     step_kl: Tensor | None = None,
     mask: Tensor | None = None,
+    weight: float | None = 0.0,
 ) -> Tensor:
     """A term for each sequence whose gradient is that of the KL of whole sequences, exactly, in expectation.
 
@@ -224,18 +222,27 @@ def sequence_loss(
       coefficient of g_t is Σ_{s≥t} ℓ_s (reward-to-go); with the exact KLs the gradient is
       Σ_t [∇KL_t + (Σ_{s>t} KL_s) g_t] (arXiv 2504.10637), of smaller variance.
 
+    Without exact KLs, ``weight`` adds the control variate weight · (eˣ - 1), x = -ℓ for new samples, to the steps that
+    come after: its mean is 0 whatever came before, so the gradient stays exact, and with 1 the sum of the later steps
+    is one of k3. (On the step itself it would not be one: (eˣ - 1) g has the mean -∇KL(old‖new).) For old samples it is
+    in the value only.
+
     Args:
         log_ratio: ℓ_t, with a gradient to the new policy. [..., T].
         direction: "new_old" or "old_new".
         sampled_from: "new" or "old".
         step_kl: The exact KL of each step in this direction, with its gradient. [..., T].
         mask: Which steps count; padding is False. What stands there does not matter, not even NaN. [..., T].
+        weight: Of the control variate: 0 for none, or None for the best for the value, found for each sequence from
+            all *others*, so without bias. No use with ``step_kl``.
 
     Returns:
-        One term per sequence, in nats, to be averaged and minimised: [...]. Its value estimates the sequence KL.
+        One term per sequence, in nats, to be averaged and minimised: [...]. Its value estimates the sequence KL,
+        without bias.
 
     Raises:
-        ValueError: An unknown name or a shape that does not fit; a direction that these samples do not give.
+        ValueError: An unknown name or a shape that does not fit; a direction that these samples do not give; fewer
+            than 2 sequences for ``weight=None``.
     """
     _check("direction", direction, DIRECTIONS)
     _check("sampled_from", sampled_from, POLICIES)
@@ -251,13 +258,49 @@ def sequence_loss(
         keep = mask != 0
         log_ratio = torch.where(keep, log_ratio, 0.0)
         step_kl = None if step_kl is None else torch.where(keep, step_kl, 0.0)
-    if sampled_from == "old":
-        return (-log_ratio if step_kl is None else step_kl).sum(-1)
     x = log_ratio.detach()
     if step_kl is None:
-        return (x + _to_go(x) * (log_ratio - x)).sum(-1)
+        variate = _step_variates(-x if sampled_from == "new" else x, mask, weight)
+        if sampled_from == "old":
+            return (variate - log_ratio).sum(-1)
+        later = _to_go(x + variate) - variate  # with this step's ℓ, without its control variate
+        return (x + variate + later * (log_ratio - x)).sum(-1)
+    if sampled_from == "old":
+        return step_kl.sum(-1)
     later = _to_go(step_kl.detach()) - step_kl.detach()
     return (step_kl + later * (log_ratio - x)).sum(-1)
+
+
+def _step_variates(x: Tensor, mask: Tensor | None, weight: float | None) -> Tensor:
+    """weight · (eˣ - 1), of mean 0 in each step; the best weight if that is None. [..., T]."""
+    variate = torch.expm1(x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    if weight is not None:
+        return weight * variate
+    if x.dim() < 2 or x.numel() == x.shape[-1]:
+        raise ValueError("log_ratio must have at least 2 sequences to estimate the best weight from the others, got 1")
+    steps = torch.ones_like(x) if mask is None else (mask != 0).to(x.dtype)
+    # all that is 0 in padding: sums over the steps of a sequence
+    return _weight_of_others(x, variate, steps).unsqueeze(-1) * variate
+
+
+def _weight_of_others(x: Tensor, variate: Tensor, count: Tensor) -> Tensor:
+    """c* = Cov(x, variate) / Var(variate) for each group [...], from the samples of all *other* groups.
+
+    Args:
+        x: [..., T], one group in the last dimension; 0 where there is no sample.
+        variate: [..., T], 0 where there is no sample.
+        count: [..., T], 1 for each sample.
+    """
+
+    def mean_of_others(t: Tensor) -> Tensor:
+        sums = t.sum(-1)
+        return (sums.sum() - sums) / others
+
+    others = count.sum() - count.sum(-1)
+    mean_x, mean_v = mean_of_others(x), mean_of_others(variate)
+    covariance = mean_of_others(x * variate) - mean_x * mean_v
+    variance = mean_of_others(variate.square()) - mean_v.square()
+    return torch.where(variance > 0.0, covariance / variance, 0.0)
 
 
 def _to_go(x: Tensor) -> Tensor:
