@@ -19,6 +19,7 @@ from pyfast_ppo import backends
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, PPOLossOutput, ppo_loss_and_grad
+from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.policy import SampleSkipper, first_row, reason_not_fused, row_behind, std_is_parameter
 from pyfast_ppo.schedules import (
@@ -37,6 +38,7 @@ _NORMALIZES_IN_UPDATE = tuple(int(part) for part in version("rsl-rl-lib").split(
 
 
 KL_RULES = {"rsl_rl": RslRlSchedule, "rsl_rl_4": RslRlScheduleBefore5, "proportional": ProportionalSchedule}
+BOOTSTRAPS = ("final_obs", "rsl_rl")
 _CHECKPOINT_KEY = "pyfast_ppo"
 
 
@@ -47,6 +49,8 @@ class FusedPPO(PPO):
     ``class_name = "pyfast_ppo.rsl_rl:FusedPPO"``. Every argument of PPO keeps its name and meaning, checkpoints of
     either load into the other, and with the defaults the results are those of PPO, to rounding. What changes:
 
+    - A time-out bootstraps from the value of the observation before the reset, if the environment hands it out as
+      ``extras["final_obs"]``; the stock wrappers do not, and then it is V(s_t) as in PPO (see ``time_out_bootstrap``).
     - ``update()`` draws no actions that nobody uses, and gathers each mini-batch once per update, not once per epoch.
     - Its losses stay on the device and are read once, at the end.
     - ``loss_dict`` also has ``kl`` (mean exact KL, in ``kl_direction``), ``first_kl`` (at the first mini-batch, before
@@ -72,6 +76,7 @@ class FusedPPO(PPO):
         kl_target: float | None = None,
         kl_rule: str = "rsl_rl",
         early_stop_kl: float | None = None,
+        time_out_bootstrap: str = "final_obs",
         keep_random_stream: bool = False,
         adapt_before_first_step: bool = False,
         **kwargs,
@@ -88,6 +93,11 @@ class FusedPPO(PPO):
                 for comparisons with old runs) or "proportional" (once per update; holds the KL closer to
                 ``desired_kl``, which then means another learning rate than in rsl_rl).
             early_stop_kl: Take no further steps in an update once a mini-batch's KL is beyond this many nats.
+            time_out_bootstrap: "final_obs": a time-out bootstraps from V of the observation before the reset, where
+                ``extras["final_obs"]`` has it (groups [E, ...], as observations; only rows that are done are looked
+                at), and where it has not, from V(s_t), as PPO; rows that ``extras["terminated"]`` names do not
+                bootstrap at all. The default, because it is right (Pardo et al. 2018), and the same as PPO with
+                environments that publish neither. "rsl_rl": V(s_t) in any case.
             keep_random_stream: Draw the unused actions, so that random numbers come in the same order as in PPO: only
                 for comparisons, number by number.
             adapt_before_first_step: Let the adaptive learning rate act on the first mini-batch, too, if its KL is not
@@ -110,6 +120,8 @@ class FusedPPO(PPO):
             raise ValueError(f"kl_direction must be one of {KL_DIRECTIONS}, got {kl_direction!r}")
         if kl_rule not in KL_RULES:
             raise ValueError(f"kl_rule must be one of {tuple(KL_RULES)}, got {kl_rule!r}")
+        if time_out_bootstrap not in BOOTSTRAPS:
+            raise ValueError(f"time_out_bootstrap must be one of {BOOTSTRAPS}, got {time_out_bootstrap!r}")
         if kl_target is not None and not kl_coef > 0.0:
             raise ValueError(f"kl_target adapts kl_coef, which must then be positive at the start, got {kl_coef}")
         self.backend = backend
@@ -118,6 +130,14 @@ class FusedPPO(PPO):
         self.kl_direction = kl_direction
         self.keep_random_stream = keep_random_stream
         self.adapt_before_first_step = adapt_before_first_step
+        self.time_out_bootstrap = time_out_bootstrap
+        critic = self._raw_critic
+        self._final_values = FinalValues(
+            critic,
+            [*critic.obs_groups, *getattr(critic, "obs_groups_2d", [])],
+            self.storage.values,
+            at_once=not critic.is_recurrent and (_NORMALIZES_IN_UPDATE or not critic.obs_normalization),
+        )
 
         self._stock_reason = reason_not_fused(self._raw_actor)
         if self._stock_reason is not None:
@@ -144,6 +164,19 @@ class FusedPPO(PPO):
     # --- returns
     # ------------------------------------------------------------------------------------------------------------
 
+    def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Tensor]) -> None:
+        """Record one environment step."""
+        if self.time_out_bootstrap == "final_obs" and "time_outs" in extras:
+            extras = dict(extras)
+            time_outs = extras.pop("time_outs") != 0
+            if "terminated" in extras:
+                time_outs = time_outs & (extras["terminated"] == 0)
+            if "final_obs" in extras:
+                self._final_values.record(self.storage.step, extras["final_obs"], time_outs)
+            else:  # PPO adds γ V(s_t) to the reward
+                extras["time_outs"] = time_outs
+        super().process_env_step(obs, rewards, dones, extras)
+
     def compute_returns(self, obs: TensorDict) -> None:
         """Compute return and advantage targets from stored transitions."""
         st = self.storage
@@ -151,6 +184,7 @@ class FusedPPO(PPO):
         hidden_state = self.critic.get_hidden_state()
         last_values = self.critic(obs).detach()
         self.critic.reset(hidden_state=hidden_state)
+        time_outs, final_values = self._final_values.collect()
         st.advantages, returns = gae(
             st.rewards,
             st.values,
@@ -158,10 +192,13 @@ class FusedPPO(PPO):
             last_values,
             self.gamma,
             self.lam,
+            time_outs=time_outs,
+            final_values=final_values,
             normalize=not self.normalize_advantage_per_mini_batch,
             backend=self.backend,
         )
         st.returns.copy_(returns)
+        self._final_values.clear()
 
     # --- update
     # -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""The value of what would have come after a time-out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+from tensordict import TensorDict
+from torch import Tensor
+
+
+class FinalValues:
+    """V of the observations at which episodes were cut off, for one rollout of T steps in E environments.
+
+    A feed-forward critic sees all of them at once, after the rollout. A recurrent one, or one whose normalizer moves
+    while the rollout is collected, sees them at their step, and gets its hidden state back. Nothing waits for the
+    device.
+    """
+
+    def __init__(self, critic: nn.Module, groups: list[str], values: Tensor, at_once: bool) -> None:
+        """``groups``: the critic's observation groups. ``values``: [T, E, 1], as the storage has them."""
+        self._critic = critic
+        self._groups = groups
+        self._at_once = at_once
+        with torch.inference_mode(False):  # written to in and outside of inference mode
+            self._values = torch.zeros_like(values)  # [T, E, 1]
+            self._time_outs = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)  # [T, E]
+        self._obs: TensorDict | None = None  # [T, E]
+        self._any = False
+
+    def record(self, step: int, final_obs: Mapping[str, Tensor], time_outs: Tensor) -> None:
+        """The observations before the resets of one step, groups [E, ...], and which of them followed a time-out, [E].
+
+        Raises:
+            KeyError: A group is missing that the critic needs.
+        """
+        missing = [name for name in self._groups if name not in final_obs.keys()]  # noqa: SIM118, a TensorDict's own
+        if missing:
+            raise KeyError(
+                f"extras['final_obs'] lacks the groups {missing} of the critic; it has {sorted(final_obs.keys())}"
+            )
+        device = self._values.device
+        obs = TensorDict({name: final_obs[name] for name in self._groups}, batch_size=time_outs.shape).to(device)
+        self._any = True
+        self._time_outs[step] = time_outs.to(device)
+        if self._at_once:
+            if self._obs is None:
+                with torch.inference_mode(False):
+                    self._obs = torch.zeros_like(obs.expand(self._values.shape[0], *obs.shape))
+            self._obs[step] = obs
+            return
+        hidden_state = self._critic.get_hidden_state()
+        with torch.no_grad():
+            self._values[step] = self._critic(obs)
+        self._critic.reset(hidden_state=hidden_state)
+
+    def collect(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """(time-outs [T, E], values [T, E, 1], meaningful there); (None, None) if no step was recorded."""
+        if not self._any:
+            return None, None
+        if self._obs is not None:
+            obs = self._obs.flatten(0, 1)
+            values = self._values.flatten(0, 1)  # a view
+            with torch.no_grad():
+                if obs.device.type == "cpu":  # nobody waits for a count of rows there
+                    rows = self._time_outs.flatten().nonzero().squeeze(-1)
+                    if len(rows) > 0:
+                        values[rows] = self._critic(obs[rows])
+                else:
+                    values.copy_(self._critic(obs))
+        return self._time_outs, self._values
+
+    def clear(self) -> None:
+        """For the next rollout."""
+        if self._any:
+            self._time_outs.zero_()
+            self._any = False

@@ -1,0 +1,352 @@
+"""Bootstrapping at time-outs: worlds whose values are known, and what FusedPPO does with extras["final_obs"]."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from rsl_rl.env import VecEnv
+from rsl_rl.models import MLPModel
+from rsl_rl.runners import OnPolicyRunner
+from tensordict import TensorDict
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
+GAMMA, LAM = 0.9, 0.95
+
+
+# --- worlds -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """A Markov chain without choices; an episode starts in a random one of ``starts``."""
+
+    next_state: tuple[int, ...]  # -1: the end
+    rewards: tuple[float, ...]  # of leaving a state
+    limit: int  # steps until the time-out
+    starts: tuple[int, ...]
+    true: tuple[float, ...]  # values with discount GAMMA
+    stock: tuple[float, ...]  # to which PPO converges
+
+
+FOREVER = 1.0 / (1.0 - GAMMA)
+WORLDS = {
+    # the state in which it is cut off looks like the one before: V(s_t) = V(final)
+    "one state": World((0,), (1.0,), 10, (0,), (FOREVER,), (FOREVER,)),
+    "reward after the limit": World((1, 1), (0.0, 1.0), 1, (0, 1), (GAMMA * FOREVER, FOREVER), (0.0, FOREVER)),
+    "a loss ahead": World(
+        (1, 2, 2), (1.0, -1.0, 0.0), 1, (0, 1, 2), (1.0 - GAMMA, -1.0, 0.0), (FOREVER, -FOREVER, 0.0)
+    ),
+    "the end on the step of the limit": World((-1,), (1.0,), 1, (0,), (1.0,), (FOREVER,)),
+    "the end before the limit": World((1, -1), (1.0, 1.0), 5, (0, 1), (1.0 + GAMMA, 1.0), (1.0 + GAMMA, 1.0)),
+}
+
+
+class WorldEnv(VecEnv):
+    """A world as an environment of rsl_rl; the state is seen as a one-hot vector."""
+
+    device, num_actions, cfg = "cpu", 1, {}
+
+    def __init__(self, world: World, num_envs: int = 16) -> None:
+        self.world, self.num_envs, self.max_episode_length = world, num_envs, world.limit
+        self.next_state, self.rewards = torch.tensor(world.next_state), torch.tensor(world.rewards)
+        self.episode_length_buf = torch.zeros(num_envs, dtype=torch.long)
+        self.state = self._start(num_envs)
+
+    def _start(self, num: int) -> Tensor:
+        return torch.tensor(self.world.starts)[torch.randint(len(self.world.starts), (num,))]
+
+    def _seen(self, state: Tensor) -> TensorDict:
+        one_hot = torch.nn.functional.one_hot(state.clamp(min=0), len(self.next_state)).float()
+        return TensorDict({"policy": one_hot}, batch_size=[self.num_envs])
+
+    def get_observations(self) -> TensorDict:
+        return self._seen(self.state)
+
+    def step(self, actions: Tensor) -> tuple[TensorDict, Tensor, Tensor, dict]:
+        rewards, self.state = self.rewards[self.state], self.next_state[self.state]
+        self.episode_length_buf += 1
+        terminated, truncated = self.state < 0, self.episode_length_buf >= self.world.limit
+        dones, final_obs = terminated | truncated, self._seen(self.state)
+        self.state = torch.where(dones, self._start(self.num_envs), self.state)
+        self.episode_length_buf[dones] = 0
+        # as Isaac Lab publishes it: a step that ends the episode and reaches the limit counts as a time-out, too
+        extras = {"time_outs": truncated, "terminated": terminated, "final_obs": final_obs}
+        return self.get_observations(), rewards, dones.long(), extras
+
+
+class Table(MLPModel):
+    """One number for each state."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.mlp = torch.nn.Linear(self.obs_dim, 1, bias=False)
+
+
+def learned_values(algorithm: str, world: World) -> list[float]:
+    torch.manual_seed(0)
+    cfg = {
+        "num_steps_per_env": 16,
+        "save_interval": 10_000,
+        "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
+        "actor": {
+            "class_name": "MLPModel",
+            "hidden_dims": [4],
+            "distribution_cfg": {"class_name": "GaussianDistribution"},
+        },
+        "critic": {"class_name": Table},
+        "algorithm": {
+            "class_name": algorithm,
+            "num_learning_epochs": 2,
+            "num_mini_batches": 2,
+            "gamma": GAMMA,
+            "lam": LAM,
+            "schedule": "fixed",
+            "optimizer": "sgd",
+            "learning_rate": 0.3,
+            "max_grad_norm": 1e9,
+            "use_clipped_value_loss": False,
+            "rnd_cfg": None,
+            "symmetry_cfg": None,
+        },
+    }
+    runner = OnPolicyRunner(WorldEnv(world), cfg, None, "cpu")
+    runner.learn(150)
+    return runner.alg.critic.mlp.weight[0].tolist()
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_a_tabular_critic_finds_the_true_values(world: World) -> None:
+    assert learned_values(FUSED, world) == pytest.approx(world.true, abs=0.02 * FOREVER)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_what_the_stock_finds(world: World) -> None:
+    """In two of the worlds the same."""
+    assert learned_values("PPO", world) == pytest.approx(world.stock, abs=0.02 * FOREVER)
+
+
+def test_the_worlds_tell_them_apart() -> None:
+    same = [name for name, world in WORLDS.items() if world.true == world.stock]
+    assert same == ["one state", "the end before the limit"]
+
+
+# --- one rollout ------------------------------------------------------------------------------------------------------
+
+LSTM = {"class_name": "RNNModel", "rnn_type": "lstm", "rnn_hidden_dim": 8}
+GRU = {"class_name": "RNNModel", "rnn_type": "gru", "rnn_hidden_dim": 8}
+CRITICS = {"mlp": {}, "normalized": {"obs_normalization": True}, "lstm": LSTM, "gru": GRU}
+STEPS = 6
+
+
+class Recorder:
+    """Stands between a run and its environment: adds final observations, and keeps what went by."""
+
+    def __init__(self, run: object, *, extras: Callable[[TensorDict, Tensor], dict]) -> None:
+        self.steps: list[dict] = []
+        env, step = run.env, run.env.step
+
+        def recorded(actions: Tensor) -> tuple:
+            obs, rewards, dones, original = step(actions)
+            obs = obs.clone()
+            final_obs = TensorDict({k: v + 10.0 for k, v in obs.items()}, batch_size=obs.batch_size)
+            added = {**original, **extras(final_obs, dones)}
+            self.steps.append({"obs": obs, "final_obs": final_obs, "rewards": rewards, "dones": dones, "extras": added})
+            return obs, rewards, dones, added
+
+        env.step = recorded
+
+
+def with_final_obs(final_obs: TensorDict, dones: Tensor) -> dict:
+    return {"final_obs": final_obs.clone()}
+
+
+def nothing(final_obs: TensorDict, dones: Tensor) -> dict:
+    return {}
+
+
+def recorded_run(
+    new_run: Callable,
+    critic: dict,
+    extras: Callable = with_final_obs,
+    algorithm: str = FUSED,
+    *,
+    rollout: bool = True,
+    **args: object,
+) -> tuple[object, Recorder]:
+    """A run and its first rollout; runs with the same networks have the same random numbers."""
+    run = new_run(algorithm, critic=critic, env_args={"num_envs": 64}, args={"schedule": "fixed", **args})
+    recorder = Recorder(run, extras=extras)
+    if rollout:
+        run.rollout()
+    return run, recorder
+
+
+def expected_returns(run: object, recorder: Recorder, final_values: Tensor) -> Tensor:
+    """By the definition, in float64; ``final_values`` [T, E]."""
+    alg, st = run.alg, run.alg.storage
+    values = st.values.squeeze(-1).double()
+    advantage = torch.zeros(64, dtype=torch.float64)
+    returns = torch.empty(STEPS, 64, dtype=torch.float64)
+    with torch.no_grad():
+        following = alg.critic(run.env.get_observations()).squeeze(-1).double()
+    for t in reversed(range(STEPS)):
+        step = recorder.steps[t]
+        dones, time_outs = step["dones"].bool(), step["extras"]["time_outs"]
+        after = torch.where(dones, torch.where(time_outs, final_values[t].double(), 0.0), following)
+        delta = step["rewards"].double() + alg.gamma * after - values[t]
+        advantage = delta + alg.gamma * alg.lam * torch.where(dones, 0.0, advantage)
+        returns[t] = advantage + values[t]
+        following = values[t]
+    return returns
+
+
+@pytest.mark.parametrize("critic", CRITICS.values(), ids=CRITICS)
+def test_returns_are_those_of_the_definition(critic: dict, new_run: Callable) -> None:
+    """V(final observation) with the hidden state, and the normalizer, that were in force at its step."""
+    run, recorder = recorded_run(new_run, critic, rollout=False)
+    alg = run.alg
+    final_values = torch.zeros(STEPS, 64)
+    process = alg.process_env_step
+
+    def with_reference(obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict) -> None:
+        state = alg.critic.get_hidden_state()
+        kept = None if state is None else tuple(s.clone() for s in (state if isinstance(state, tuple) else (state,)))
+        with torch.no_grad():
+            final_values[alg.storage.step] = alg.critic(recorder.steps[-1]["final_obs"]).squeeze(-1)
+        alg.critic.reset(hidden_state=kept if kept is None or len(kept) > 1 else kept[0])
+        process(obs, rewards, dones, extras)
+
+    alg.process_env_step = with_reference
+    run.rollout()
+    assert any(step["extras"]["time_outs"].any() for step in recorder.steps)
+    torch.testing.assert_close(
+        alg.storage.returns.squeeze(-1).double(), expected_returns(run, recorder, final_values), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("critic", CRITICS.values(), ids=CRITICS)
+def test_the_rollout_itself_stays_as_it_is(critic: dict, new_run: Callable) -> None:
+    """Hidden states, values and observations: bit for bit those of a run without final observations."""
+    runs = [recorded_run(new_run, critic, extras)[0] for extras in (with_final_obs, nothing)]
+    ours, theirs = (run.alg.storage for run in runs)
+    for name in ("values", "actions", "dones"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert not torch.equal(ours.returns, theirs.returns)
+    states = [run.alg.critic.get_hidden_state() for run in runs]
+    if states[0] is not None:
+        for a, b in zip(*(s if isinstance(s, tuple) else (s,) for s in states), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("extras", [nothing, with_final_obs])
+def test_the_argument_gives_what_ppo_does(extras: Callable, new_run: Callable, state_distance: Callable) -> None:
+    stock, _ = recorded_run(new_run, {}, extras, "PPO")
+    ours, _ = recorded_run(new_run, {}, extras, time_out_bootstrap="rsl_rl")
+    torch.testing.assert_close(ours.alg.storage.returns, stock.alg.storage.returns, rtol=1e-5, atol=1e-5)
+
+
+def test_without_final_observations_it_is_what_ppo_does(new_run: Callable) -> None:
+    runs = [recorded_run(new_run, {}, nothing, algorithm)[0] for algorithm in ("PPO", FUSED)]
+    stock, ours = (run.alg.storage.returns for run in runs)
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+def test_terminations_are_masked_without_final_observations_too(new_run: Callable) -> None:
+    everything = lambda _, dones: {"time_outs": dones.bool(), "terminated": dones.bool()}  # noqa: E731
+    run, _ = recorded_run(new_run, {}, everything)
+    unmasked, _ = recorded_run(new_run, {}, lambda _, dones: {"time_outs": dones.bool()})
+    masked, _ = recorded_run(new_run, {}, lambda _, dones: {"time_outs": torch.zeros_like(dones)})
+    assert torch.equal(run.alg.storage.returns, masked.alg.storage.returns)
+    assert not torch.equal(run.alg.storage.returns, unmasked.alg.storage.returns)
+
+
+def test_rows_that_are_not_done_are_not_looked_at(new_run: Callable) -> None:
+    """Isaac Lab leaves the key of an earlier step there; here with NaN in its rows."""
+
+    def stale(final_obs: TensorDict, dones: Tensor) -> dict:
+        rows = dones.bool().unsqueeze(-1)
+        return {"final_obs": {k: torch.where(rows, v, torch.nan) for k, v in final_obs.items()}}  # a dict is fine
+
+    runs = [recorded_run(new_run, {}, extras)[0] for extras in (with_final_obs, stale)]
+    assert torch.equal(runs[0].alg.storage.returns, runs[1].alg.storage.returns)
+
+
+def test_each_rollout_starts_anew(new_run: Callable) -> None:
+    """Time-outs of a rollout with final observations are forgotten in the next one, which has none."""
+    returns = []
+    for extras in (with_final_obs, nothing):
+        run, recorder = recorded_run(new_run, {}, extras)
+        run.alg.storage.clear()
+        original = run.env.step
+        run.env.step = lambda actions, original=original: (
+            *(out := original(actions))[:3],
+            {"time_outs": out[3]["time_outs"]},
+        )
+        run.rollout()
+        assert any(step["extras"]["time_outs"].any() for step in recorder.steps[STEPS:])
+        returns.append(run.alg.storage.returns)
+    assert torch.equal(*returns)
+
+
+def test_a_policy_with_its_own_formulas_bootstraps_alike(new_run: Callable) -> None:
+    beta = {"distribution_cfg": {"class_name": "BetaDistribution"}}
+    returns = []
+    for bootstrap in ("final_obs", "rsl_rl"):
+        run = new_run(FUSED, actor=beta, env_args={"num_envs": 64}, args={"time_out_bootstrap": bootstrap})
+        Recorder(run, extras=with_final_obs)
+        returns.append(run.rollout().alg.storage.returns)
+    assert not torch.equal(*returns)
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+def test_one_pass_of_the_critic_more_per_iteration(new_run: Callable) -> None:
+    calls = {}
+    for extras in (with_final_obs, nothing):
+        run, _ = recorded_run(new_run, {}, extras, rollout=False)
+        calls[extras] = 0
+
+        def count(*_: object, extras: Callable = extras) -> None:
+            calls[extras] += 1
+
+        run.alg.critic.register_forward_hook(count)
+        run.rollout()
+    assert calls[nothing] == STEPS + 1
+    assert calls[with_final_obs] == STEPS + 2
+
+
+@pytest.mark.parametrize("critic", CRITICS.values(), ids=CRITICS)
+def test_a_step_reads_nothing_on_the_host(critic: dict, new_run: Callable) -> None:
+    run, _ = recorded_run(new_run, critic, rollout=False)
+    counts: Counter[str] = Counter()
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    process = run.alg.process_env_step
+
+    def counted(*args: object) -> None:
+        with Counted():
+            process(*args)
+
+    run.alg.process_env_step = counted
+    run.rollout()
+    assert counts
+    for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select"):
+        assert counts[name] == 0, name
+
+
+def test_wrong_arguments_are_named(new_run: Callable) -> None:
+    with pytest.raises(ValueError, match=r"time_out_bootstrap must be one of \('final_obs', 'rsl_rl'\), got 'stock'"):
+        new_run(FUSED, args={"time_out_bootstrap": "stock"})
+    with pytest.raises(KeyError, match=r"lacks the groups \['privileged'\] of the critic; it has \['policy'\]"):
+        recorded_run(new_run, {}, lambda final_obs, _: {"final_obs": final_obs.select("policy")})
