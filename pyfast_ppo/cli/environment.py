@@ -1,4 +1,4 @@
-"""Make a training task from its name, or say in one sentence why not."""
+"""Make a task of Gymnasium from its name, or say in one sentence why not."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def set_aside_checkpoints(run_dir: Path, since: int) -> None:
 
 def write_config(run_dir: Path, settings: Settings, config: dict) -> None:
     """Write the settings, which ``--resume`` reads again, and rsl_rl's configuration, for the record."""
-    text = json.dumps({"settings": asdict(settings), "train_config": config}, indent=2)
+    text = json.dumps({"settings": asdict(settings), "train_config": config}, indent=2, default=str)
     write_atomically(run_dir / CONFIG, text.encode() + b"\n")
 
 

@@ -1,4 +1,4 @@
-"""Train a Gymnasium task and leave a policy, logs and a picture of the learning curve."""
+"""Train a task of Gymnasium, Isaac Lab or mjlab and leave a policy, logs and a picture of the learning curve."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import importlib.util
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.train_config import ALGORITHMS, Settings, default_iterations
 
-_PACKAGES = ("gymnasium", "mujoco", "matplotlib")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command. An absent flag is None: on ``--resume`` it means what the run had."""
-    parser.add_argument("--env", metavar="ID", help=f"Gymnasium id of a continuous-action task ({Settings.env})")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--env", metavar="ID", help=f"Gymnasium id of a continuous-action task ({Settings.env})")
+    task.add_argument(
+        "--task",
+        metavar="NAME",
+        help="a task of Isaac Lab or mjlab: Isaac-Cartpole-Direct, Mjlab-Cartpole-Balance, ...",
+    )
     parser.add_argument(
         "--algorithm", choices=ALGORITHMS, help=f"pyfast_ppo's FusedPPO or rsl_rl's PPO ({Settings.algorithm})"
     )
@@ -22,11 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="N",
         help="iterations of the whole run, also of a resumed one"
-        f" ({default_iterations(Settings.env)}; {default_iterations('')} for other tasks)",
+        f" ({default_iterations(Settings.env)}; {default_iterations('')} for other tasks of Gymnasium; with --task what"
+        " the task says)",
     )
-    parser.add_argument("--num-envs", type=_positive, metavar="N", help=f"environments ({Settings.num_envs})")
+    parser.add_argument(
+        "--num-envs",
+        type=_positive,
+        metavar="N",
+        help=f"environments ({Settings.num_envs}; with --task 4096 on a GPU, 64 on the CPU)",
+    )
     parser.add_argument("--seed", type=_seed, metavar="N", help=f"seed of everything random ({Settings.seed})")
-    parser.add_argument("--device", metavar="NAME", help=f"device of actor and critic ({Settings.device})")
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help=f"device of actor and critic ({Settings.device}; with --task cuda:0 if there is one)",
+    )
     directory = parser.add_mutually_exclusive_group()
     directory.add_argument("--log-dir", metavar="DIR", help="directory of the run (logs/pyfast_ppo/<env>/<timestamp>)")
     directory.add_argument(
@@ -40,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: An argument is wrong, something is missing, or the run failed for a known reason.
     """
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    needed = ("matplotlib",) if args.task or args.resume else ("gymnasium", "mujoco", "matplotlib")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"training needs {' and '.join(missing)}; install with: pip install 'pyfast-ppo[gym]'")
     from pyfast_ppo.cli.training import train  # torch, rsl_rl and matplotlib: only when they are used

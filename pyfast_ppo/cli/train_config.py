@@ -15,6 +15,7 @@ class Settings:
     """What the user chooses. The defaults solve the default task; others need more (see ``default_iterations``)."""
 
     env: str = "InvertedPendulum-v5"
+    simulated: bool = False  # a task of Isaac Lab or mjlab, not of Gymnasium
     algorithm: str = "fused"
     iterations: int = 60
     num_envs: int = 32
@@ -25,11 +26,6 @@ class Settings:
         """Refuse an algorithm that is not known: the settings may come from a file."""
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"unknown algorithm {self.algorithm!r}: it must be one of {', '.join(ALGORITHMS)}")
-
-    @property
-    def steps_per_iteration(self) -> int:
-        """Environment steps of one iteration, over all environments."""
-        return self.num_envs * STEPS_PER_ENV
 
 
 def default_iterations(env: str) -> int:

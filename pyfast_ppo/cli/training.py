@@ -16,14 +16,16 @@ import torch
 
 from pyfast_ppo.cli import files
 from pyfast_ppo.cli.console import Console, ProgressTable
-from pyfast_ppo.cli.environment import make_env, vector_groups
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.history import History, Record
 from pyfast_ppo.cli.report import draw_learning_curve, print_summary
 from pyfast_ppo.cli.runner import TrainRunner
+from pyfast_ppo.cli.simulators import default_device
 from pyfast_ppo.cli.stop import StopRequest
-from pyfast_ppo.cli.train_config import Settings, default_iterations, train_config
-from pyfast_ppo.gymnasium import GymnasiumVecEnv, NonFiniteActionError
+from pyfast_ppo.cli.task import Task, make_task
+from pyfast_ppo.cli.train_config import Settings, default_iterations
+
+SIMULATED_ON_GPU, SIMULATED_ON_CPU = 4096, 64  # environments, where none are asked for
 
 
 def train(args: argparse.Namespace) -> int:
@@ -34,38 +36,39 @@ def train(args: argparse.Namespace) -> int:
     if settings.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # these networks are so small that handing work to threads costs more than it gives
     _seed(settings.seed)
-    with contextlib.closing(make_env(settings)) as env:
+    with contextlib.closing(make_task(settings)) as task:
+        if settings.simulated and checkpoint is None and args.iterations is None:
+            settings = dataclasses.replace(settings, iterations=task.config["max_iterations"])
         if checkpoint is None:
             run_dir = files.make_run_dir(args.log_dir, settings.env)
         else:
             run_dir = checkpoint.parent
             files.check_writable(run_dir)
         try:
-            return _train(settings, env, run_dir, checkpoint, started)
+            return _train(settings, task, run_dir, checkpoint, started)
         except OSError as error:
             raise UserError(f"cannot write to {run_dir} ({error.strerror or error}).", exit_code=1) from error
 
 
-def _train(settings: Settings, env: GymnasiumVecEnv, run_dir: Path, checkpoint: Path | None, started: float) -> int:
-    config = train_config(settings, vector_groups(env))
-    runner = TrainRunner(env, config, run_dir, settings.device)
+def _train(settings: Settings, task: Task, run_dir: Path, checkpoint: Path | None, started: float) -> int:
+    runner = TrainRunner(task.env, task.config, run_dir, settings.device)
     if checkpoint is not None:
-        _restore(runner, checkpoint, settings)
+        _restore(runner, task, checkpoint, settings)
         files.set_aside_checkpoints(run_dir, since=runner.current_learning_iteration)
-    files.write_config(run_dir, settings, config)
+    files.write_config(run_dir, settings, task.config)
 
+    steps_per_iteration = settings.num_envs * task.config["num_steps_per_env"]
     console = Console()
     console.say(
         f"{settings.env}: {settings.algorithm} PPO, {settings.num_envs} environments, {settings.iterations} iterations"
-        f" of {settings.steps_per_iteration:,} steps, seed {settings.seed}, {settings.device}"
+        f" of {steps_per_iteration:,} steps, seed {settings.seed}, {settings.device}"
     )
     console.say(f"run directory {run_dir}\n" if checkpoint is None else f"resumed from {checkpoint}\n")
 
-    threshold = env.env.spec.reward_threshold
     history = History(run_dir / files.HISTORY, before=runner.current_learning_iteration)
     stopped = False
     with StopRequest() as stop:
-        observer = _IterationObserver(settings, runner, history, stop, console, started)
+        observer = _IterationObserver(settings, steps_per_iteration, runner, history, stop, console, started)
         try:
             runner.learn_until(settings.iterations, observer)
         except _Stopped:
@@ -74,11 +77,11 @@ def _train(settings: Settings, env: GymnasiumVecEnv, run_dir: Path, checkpoint: 
         except KeyboardInterrupt:
             console.say(f"stopped within an iteration, which is lost; {_how_to_go_on(run_dir)}")
             return 130
-        except NonFiniteActionError as error:
+        except task.divergence as error:
             raise UserError(f"training diverged; checkpoints from before are in {run_dir}: {error}", 1) from error
         finally:
             runner.close_logs()
-            draw_learning_curve(run_dir / files.PICTURE, settings, history.records, threshold)
+            draw_learning_curve(run_dir / files.PICTURE, settings, history.records, task.threshold)
 
     runner.export_policy(run_dir / files.POLICY)
     paths = {
@@ -88,7 +91,7 @@ def _train(settings: Settings, env: GymnasiumVecEnv, run_dir: Path, checkpoint: 
         "history": run_dir / files.HISTORY,
     }
     console.say()
-    print_summary(console, settings, history.records, threshold, paths)
+    print_summary(console, settings, history.records, task.threshold, paths)
     console.say(f"TensorBoard: tensorboard --logdir {shlex.quote(str(run_dir))}")
     if stopped:
         console.say(f"stopped by a signal; {_how_to_go_on(run_dir)}")
@@ -105,6 +108,7 @@ class _IterationObserver:
     def __init__(
         self,
         settings: Settings,
+        steps_per_iteration: int,
         runner: TrainRunner,
         history: History,
         stop: StopRequest,
@@ -112,6 +116,7 @@ class _IterationObserver:
         started: float,
     ) -> None:
         self._settings = settings
+        self._steps_per_iteration = steps_per_iteration
         self._runner = runner
         self._history = history
         self._stop = stop
@@ -144,7 +149,7 @@ class _IterationObserver:
         seconds_per_iteration = (now - self._learning_since) / (done - self._first_iteration)
         self._table.row(
             record,
-            steps_per_second=self._settings.steps_per_iteration / (collect_time + learn_time),
+            steps_per_second=self._steps_per_iteration / (collect_time + learn_time),
             eta=seconds_per_iteration * (self._settings.iterations - done),
         )
         if self._stop.requested and done < self._settings.iterations:
@@ -156,19 +161,25 @@ def _resolve(args: argparse.Namespace) -> tuple[Settings, Path | None]:
     given = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(Settings)
-        if getattr(args, field.name) is not None
+        if getattr(args, field.name, None) is not None
     }
+    if args.task is not None:
+        given |= {"env": args.task, "simulated": True}
     if args.resume is None:
-        given.setdefault("iterations", default_iterations(given.get("env", Settings.env)))
+        if args.task is None:
+            given.setdefault("iterations", default_iterations(given.get("env", Settings.env)))
+        else:
+            given.setdefault("device", default_device())
+            given.setdefault("num_envs", SIMULATED_ON_GPU if given["device"].startswith("cuda") else SIMULATED_ON_CPU)
         return Settings(**given), None
     checkpoint = files.find_checkpoint(Path(args.resume))
     stored = files.read_settings(checkpoint.parent)
     if given.get("env", stored.env) != stored.env:
-        raise UserError(f"{args.resume} is a run of {stored.env}, not of {given['env']}; leave --env away.")
+        raise UserError(f"{args.resume} is a run of {stored.env}, not of {given['env']}; leave --env and --task away.")
     return dataclasses.replace(stored, **given), checkpoint
 
 
-def _restore(runner: TrainRunner, checkpoint: Path, settings: Settings) -> None:
+def _restore(runner: TrainRunner, task: Task, checkpoint: Path, settings: Settings) -> None:
     runner.restore(checkpoint)
     done = runner.current_learning_iteration
     if done >= settings.iterations:
@@ -177,7 +188,7 @@ def _restore(runner: TrainRunner, checkpoint: Path, settings: Settings) -> None:
         )
     # Not the random numbers of the beginning once more
     _seed(settings.seed + done)
-    runner.env.reset(seed=settings.seed + done)
+    task.reseed(settings.seed + done)
 
 
 def _seed(seed: int) -> None:

@@ -372,7 +372,7 @@ def test_tensorboard_has_the_rewards(train, tmp_path):
 
 
 def test_threads_follow_the_users_variable(train, monkeypatch):
-    monkeypatch.setattr(training, "make_env", _stop_here)
+    monkeypatch.setattr(training, "make_task", _stop_here)
     torch.set_num_threads(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert train().code == 130 and torch.get_num_threads() == 2
