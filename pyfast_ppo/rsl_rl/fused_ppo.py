@@ -20,6 +20,7 @@ from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, PPOLossOutput, ppo_loss_and_grad
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
+from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, finite_statistics, first_nonfinite
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.policy import SampleSkipper, first_row, reason_not_fused, row_behind, std_is_parameter
 from pyfast_ppo.schedules import (
@@ -39,6 +40,7 @@ _NORMALIZES_IN_UPDATE = tuple(int(part) for part in version("rsl-rl-lib").split(
 
 KL_RULES = {"rsl_rl": RslRlSchedule, "rsl_rl_4": RslRlScheduleBefore5, "proportional": ProportionalSchedule}
 BOOTSTRAPS = ("final_obs", "rsl_rl")
+NONFINITE = ("skip", "raise", "ignore")
 _CHECKPOINT_KEY = "pyfast_ppo"
 
 
@@ -77,6 +79,7 @@ class FusedPPO(PPO):
         kl_rule: str = "rsl_rl",
         early_stop_kl: float | None = None,
         time_out_bootstrap: str = "final_obs",
+        nonfinite: str = "skip",
         keep_random_stream: bool = False,
         adapt_before_first_step: bool = False,
         **kwargs,
@@ -98,6 +101,12 @@ class FusedPPO(PPO):
                 at), and where it has not, from V(s_t), as PPO; rows that ``extras["terminated"]`` names do not
                 bootstrap at all. The default, because it is right (Pardo et al. 2018), and the same as PPO with
                 environments that publish neither. "rsl_rl": V(s_t) in any case.
+            nonfinite: What happens to a step whose gradients are NaN or infinite. "skip": it is not taken, decided on
+                the device; the adaptive learning rate goes down; ``loss_dict["nonfinite_steps"]`` counts; normalizers
+                keep finite statistics (not with rsl_rl 5.4, which updates them at each step of the environment); an
+                update in which no step could be taken raises
+                ``NonFiniteError``, which names what was not finite first. "raise": the error comes after any update
+                with such a step. "ignore": the step is taken, as in PPO.
             keep_random_stream: Draw the unused actions, so that random numbers come in the same order as in PPO: only
                 for comparisons, number by number.
             adapt_before_first_step: Let the adaptive learning rate act on the first mini-batch, too, if its KL is not
@@ -122,6 +131,8 @@ class FusedPPO(PPO):
             raise ValueError(f"kl_rule must be one of {tuple(KL_RULES)}, got {kl_rule!r}")
         if time_out_bootstrap not in BOOTSTRAPS:
             raise ValueError(f"time_out_bootstrap must be one of {BOOTSTRAPS}, got {time_out_bootstrap!r}")
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
         if kl_target is not None and not kl_coef > 0.0:
             raise ValueError(f"kl_target adapts kl_coef, which must then be positive at the start, got {kl_coef}")
         self.backend = backend
@@ -131,6 +142,8 @@ class FusedPPO(PPO):
         self.keep_random_stream = keep_random_stream
         self.adapt_before_first_step = adapt_before_first_step
         self.time_out_bootstrap = time_out_bootstrap
+        self.nonfinite = nonfinite
+        self._iteration = 0  # as the runner counts, for messages
         critic = self._raw_critic
         self._final_values = FinalValues(
             critic,
@@ -155,6 +168,7 @@ class FusedPPO(PPO):
         self._penalty = None if kl_target is None else AdaptivePenalty(kl_target)
         self._early_stop = None if early_stop_kl is None else EarlyStop(early_stop_kl)
         self._rate = DeviceRate(self.optimizer)
+        self._rnd_rate = DeviceRate(self.rnd.optimizer) if self.rnd else None
         if self._early_stop is not None and not self._rate.can_skip:
             raise ValueError(
                 f"early_stop_kl needs an optimizer that can skip a step on the device: adam, adamw or sgd, not "
@@ -218,17 +232,36 @@ class FusedPPO(PPO):
             loss_dict = self._loss_dict(run)
         finally:  # whatever happens, a checkpoint finds numbers
             self._rate.skip_if(None)
+            if self._rnd_rate is not None:
+                self._rnd_rate.skip_if(None)
             if self._adaptive:
                 self.learning_rate = self._rate.finish(run.last_rate)
+        self._raise_if_lost(loss_dict)
+        self._iteration += 1
 
         if _NORMALIZES_IN_UPDATE:
-            obs = self.storage.observations.flatten(0, 1)
-            self.actor.update_normalization(obs)
-            self.critic.update_normalization(obs)
-            if self.rnd:
-                self.rnd.update_normalization(obs)
+            models = [self._raw_actor, self._raw_critic, *([self.rnd] if self.rnd else [])]
+            with nullcontext() if self.nonfinite == "ignore" else finite_statistics(models):
+                obs = self.storage.observations.flatten(0, 1)
+                self.actor.update_normalization(obs)
+                self.critic.update_normalization(obs)
+                if self.rnd:
+                    self.rnd.update_normalization(obs)
         self.storage.clear()
         return loss_dict
+
+    def _raise_if_lost(self, loss_dict: dict[str, float]) -> None:
+        """If no step could be taken, or one could not and that is an error."""
+        count = loss_dict.get("nonfinite_steps", 0.0)
+        steps = self.num_learning_epochs * self.num_mini_batches
+        if count == 0.0 or (self.nonfinite == "skip" and count < steps):
+            return
+        reason = first_nonfinite(self.storage, [self._raw_actor, self._raw_critic])
+        self.storage.clear()
+        raise NonFiniteError(
+            f"iteration {self._iteration}: {round(count)} of {steps} steps had gradients that are not finite and were "
+            f"not taken: {reason}. Actor and critic are as the last finite step left them."
+        )
 
     def _mini_batches(self) -> Iterator[RolloutStorage.Batch]:
         """The mini-batches of all epochs. rsl_rl shuffles once per update, so that each epoch has the same ones."""
@@ -297,7 +330,7 @@ class FusedPPO(PPO):
 
         new_std = std.detach() if std.dim() == 1 else std[:num_original].detach()
         self._react(out, run, (old_mean, old_std, mean[:num_original].detach(), new_std))
-        self._backward([mean, std, values], list(grads), symmetry_loss, rnd_loss)
+        self._backward([mean, std, values], list(grads), symmetry_loss, rnd_loss, run)
         run.metrics.append(self._metrics(out, rnd_loss, symmetry_loss))
 
     def _react(self, out: PPOLossOutput, run: _Run, policies: tuple[Tensor, ...]) -> None:
@@ -305,7 +338,6 @@ class FusedPPO(PPO):
         if self._early_stop is not None:
             run.stopped = self._early_stop.update(self._over_ranks(out.kl), run.stopped)
             run.skipped.append(run.stopped)
-            self._rate.skip_if(run.stopped)
         if self._adaptive:
             if self.kl_rule == "rsl_rl_4":
                 kl = RslRlScheduleBefore5.kl(*policies).mean()
@@ -317,18 +349,28 @@ class FusedPPO(PPO):
             run.rule_kls.append(kl)
             if self.kl_rule != "proportional":
                 step_taken = bool(run.metrics) or (kl > 0.0 if self.adapt_before_first_step else False)
-                self._rate.set(self._rule.update(kl, self._rate.value, step_taken))
+                rate = self._rule.update(kl, self._rate.value, step_taken)
+                self._rate.set(self._lower_if_lost(rate, run))
             run.rates.append(self._rate.value)
 
     def _after_last_step(self, run: _Run) -> None:
         """What is decided once per update, from the KL of the last epoch."""
         if self._adaptive and self.kl_rule == "proportional":
             kl = torch.stack(run.rule_kls[-self.num_mini_batches :]).mean()
-            self._rate.set(self._rule.update(kl, self._rate.value))
+            self._rate.set(self._lower_if_lost(self._rule.update(kl, self._rate.value), run))
+        elif self._adaptive:
+            self._rate.set(self._lower_if_lost(self._rate.value, run))
         if self._penalty is not None:
             column = self._metric_names().index("kl")
             kl = torch.stack([row[column] for row in run.metrics[-self.num_mini_batches :]]).mean()
             run.kl_coef = self._penalty.update(self._over_ranks(kl), run.kl_coef)
+
+    def _lower_if_lost(self, rate: Tensor, run: _Run) -> Tensor:
+        """``rate``, or a lower one than the present if the last step could not be taken."""
+        if not run.lost:
+            return rate
+        lowered = torch.clamp(self._rate.value / self._rule.factor, min=self._rule.min_rate)
+        return torch.where(run.lost[-1], torch.minimum(rate, lowered), rate)
 
     def _over_ranks(self, kl: Tensor) -> Tensor:
         """The mean over all processes: they then decide alike."""
@@ -344,7 +386,12 @@ class FusedPPO(PPO):
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=enabled)
 
     def _backward(
-        self, outputs: list[Tensor], grads: list[Tensor], symmetry_loss: Tensor | None, rnd_loss: Tensor | None
+        self,
+        outputs: list[Tensor],
+        grads: list[Tensor],
+        symmetry_loss: Tensor | None,
+        rnd_loss: Tensor | None,
+        run: _Run,
     ) -> None:
         """Backward through the networks, from the gradients of their outputs; then one step."""
         if symmetry_loss is not None and self.symmetry.use_mirror_loss:
@@ -359,11 +406,19 @@ class FusedPPO(PPO):
             rnd_loss.backward()
         if self.is_multi_gpu:
             self.reduce_parameters()
-        nn.utils.clip_grad_norm_(self.actor.parameters(), self.max_grad_norm)
-        nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
-        self.optimizer.step()
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.max_grad_norm) for m in (self.actor, self.critic)]
+        if self.nonfinite == "ignore":
+            self._rate.skip_if(run.stopped)
+        else:
+            lost = any_nonfinite(norms)
+            run.lost.append(lost)
+            self._rate.skip_if(lost if run.stopped is None else lost | run.stopped)
+        self._rate.step()
         if self.rnd:
-            self.rnd.optimizer.step()
+            if self.nonfinite != "ignore":
+                gradients = [p.grad for p in self.rnd.predictor.parameters() if p.grad is not None]
+                self._rnd_rate.skip_if(any_nonfinite([nn.utils.get_total_norm(gradients)]))
+            self._rnd_rate.step()
 
     # --- metrics
     # ------------------------------------------------------------------------------------------------------------
@@ -391,6 +446,8 @@ class FusedPPO(PPO):
             extra |= {"learning_rate_min": rates.min(), "learning_rate_max": rates.max()}
         if run.skipped:
             extra["skipped_steps"] = torch.stack(run.skipped).sum()
+        if run.lost:
+            extra["nonfinite_steps"] = torch.stack(run.lost).sum()
         if self._penalty is not None:
             extra["kl_coef"] = run.kl_coef
         if self._adaptive:
@@ -409,6 +466,8 @@ class FusedPPO(PPO):
         saved_dict = super().save()
         if self._stock_reason is None:
             saved_dict["optimizer_state_dict"] = self._rate.state_dict()
+            if self._rnd_rate is not None:
+                saved_dict["rnd_optimizer_state_dict"] = self._rnd_rate.state_dict()
             if self._penalty is not None:
                 saved_dict[_CHECKPOINT_KEY] = {"kl_coef": self.kl_coef}
         return saved_dict
@@ -417,8 +476,12 @@ class FusedPPO(PPO):
         """Load specified models from a saved dict, of this class or of PPO."""
         iteration = super().load(loaded_dict, load_cfg, strict)
         self.learning_rate = float(self.learning_rate)
+        if iteration:
+            self._iteration = loaded_dict.get("iter", 0)
         if self._stock_reason is None:
             self._rate.prepare()
+            if self._rnd_rate is not None:
+                self._rnd_rate.prepare()
             if self._penalty is not None:
                 self.kl_coef = loaded_dict.get(_CHECKPOINT_KEY, {}).get("kl_coef", self.kl_coef)
         return iteration
@@ -434,6 +497,7 @@ class _Run:
         self.last_rate: float | None = None  # at the end, once the host has read it
         self.stopped: Tensor | None = None
         self.skipped: list[Tensor] = []
+        self.lost: list[Tensor] = []  # steps whose gradients were not finite
         self.kl_coef: float | Tensor = algorithm.kl_coef
         if algorithm._penalty is not None:  # filled in, not copied: a copy to a GPU would wait
             self.kl_coef = torch.full((), algorithm.kl_coef, dtype=torch.float64, device=algorithm.device)

@@ -20,6 +20,7 @@ class DeviceRate:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._value: Tensor | None = None
+        self._skip: Tensor | None = None
         self._options = [dict(group) for group in optimizer.param_groups]  # as they were made
         self.prepare()
 
@@ -70,8 +71,15 @@ class DeviceRate:
 
     def skip_if(self, condition: Tensor | None) -> None:
         """The next steps change nothing where ``condition``, 0-dim, is true. None: they are taken."""
-        self._optimizer.grad_scale = None
-        self._optimizer.found_inf = None if condition is None else condition.float()
+        self._skip = condition
+        if self.can_skip:
+            self._optimizer.grad_scale = None
+            self._optimizer.found_inf = None if condition is None else condition.float()
+
+    def step(self) -> None:
+        """The optimizer's, unless it is to be skipped."""
+        if self.can_skip or self._skip is None or not self._skip.item():  # some have to be asked on the host
+            self._optimizer.step()
 
     def finish(self, rate: float | None = None) -> float:
         """Plain numbers again. ``rate``: the present one, if the host has read it; else it waits for it here."""
