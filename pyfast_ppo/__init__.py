@@ -6,6 +6,7 @@ command line.
 
 from pyfast_ppo import kl, schedules
 from pyfast_ppo._version import __version__
+from pyfast_ppo.check_env import check_env
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_entropy, gaussian_kl, gaussian_log_prob
 from pyfast_ppo.ops.ppo_loss import PPOLossOutput, ppo_loss, ppo_loss_and_grad, ppo_loss_reference
@@ -13,6 +14,7 @@ from pyfast_ppo.ops.ppo_loss import PPOLossOutput, ppo_loss, ppo_loss_and_grad, 
 __all__ = [
     "PPOLossOutput",
     "__version__",
+    "check_env",
     "gae",
     "gaussian_entropy",
     "gaussian_kl",

@@ -1,28 +1,104 @@
-"""Show versions, hardware and which backends are available; for each that is not, why."""
+"""Show versions, hardware and which backends are available, and why not; or look at an environment for known faults."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
+from typing import TYPE_CHECKING
 
 from pyfast_ppo import __version__
+from pyfast_ppo.cli.errors import UserError
+from pyfast_ppo.cli.simulators import default_device, make_simulated
+
+if TYPE_CHECKING:
+    from rsl_rl.env import VecEnv
 
 PACKAGES = ("torch", "triton", "rsl-rl-lib", "numpy", "gymnasium", "mujoco")
+_NUM_ENVS = 16
+_SEED = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no arguments."""
+    """Flags that turn the report into a look at an environment."""
+    environment = parser.add_mutually_exclusive_group()
+    environment.add_argument(
+        "--env",
+        metavar="ID",
+        help="look at this Gymnasium task for known faults (docs/check_env.md); exit code 1: found",
+    )
+    environment.add_argument("--task", metavar="NAME", help="the same for a task of Isaac Lab or mjlab")
+    parser.add_argument("--num-envs", type=_positive, metavar="N", help=f"environments ({_NUM_ENVS})")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="random steps of each environment (32)")
+    parser.add_argument(
+        "--device", metavar="NAME", help="where the tensors are (cpu; with --task cuda:0 if there is one)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report. Returns 0."""
+    """Print the report, or the findings about an environment. Returns 0, or 1 where something was found.
+
+    Raises:
+        UserError: An argument is wrong, or the environment cannot be made.
+    """
+    if args.env is not None or args.task is not None:
+        return _look_at_environment(args)
+    alone = [flag for flag in ("num_envs", "steps", "device") if getattr(args, flag) is not None]
+    if alone:
+        raise UserError(f"--{alone[0].replace('_', '-')} goes with --env or --task.")
     own = [("pyfast_ppo", __version__), ("python", platform.python_version())]
     _print_section("Versions", own + [(name, _version(name)) for name in PACKAGES])
     _print_section("Hardware", _hardware())
     _print_section("Backends", _backends())
     return 0
+
+
+def _look_at_environment(args: argparse.Namespace) -> int:
+    import torch
+
+    from pyfast_ppo.check_env import DEFAULT_STEPS, check_env
+
+    steps, num_envs = args.steps or DEFAULT_STEPS, args.num_envs or _NUM_ENVS
+    device = args.device or (default_device() if args.task else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    name = args.env or args.task
+    if args.env:
+        env, config = _make_gymnasium(name, num_envs, device)
+    else:
+        env, config = make_simulated(name, num_envs, device, _SEED)
+    with contextlib.closing(env):
+        findings = check_env(env, config, steps=steps)
+    if findings:
+        return 1
+    print(f"{name}: nothing found in {steps} steps of {num_envs} environment{'s' if num_envs > 1 else ''}.")
+    return 0
+
+
+def _make_gymnasium(name: str, num_envs: int, device: str) -> tuple[VecEnv, dict | None]:
+    missing = [package for package in ("gymnasium", "mujoco") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"--env needs {' and '.join(missing)}; install with: pip install 'pyfast-ppo[gym]'")
+    from pyfast_ppo.cli.environment import make_env
+    from pyfast_ppo.cli.train_config import Settings, train_config
+
+    settings = Settings(env=name, num_envs=num_envs, device=device, seed=_SEED)
+    env = make_env(settings)
+    obs = env.get_observations()
+    has_images = any(values.dim() != 2 for values in obs.values())  # which the MLPs of that config do not read
+    return env, None if has_images else train_config(settings, list(obs.keys()))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
 
 
 def _hardware() -> list[tuple[str, str]]:

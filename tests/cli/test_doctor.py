@@ -1,15 +1,21 @@
-"""The report names versions, hardware and backends."""
+"""The report names versions, hardware and backends; with a task it says what is wrong with that."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 
+import pytest
 import torch
 
 import pyfast_ppo
 from pyfast_ppo import backends
+from pyfast_ppo.cli.simulators import SIMULATORS
+from pyfast_ppo.gymnasium import GymnasiumVecEnv
 
 
 @dataclass
@@ -57,3 +63,91 @@ def test_cuda_devices_or_their_absence(run_command):
     expected = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     assert all(name in names for name in [*expected, "cpu"])
     assert ("no device" in run_command("doctor").out) == (not expected)
+
+
+def test_nothing_is_found_in_a_sound_task(run_command):
+    outcome = run_command("doctor", "--env", "InvertedPendulum-v5", "--num-envs", 2, "--steps", 8)
+    assert outcome.code == 0
+    assert outcome.out == "InvertedPendulum-v5: nothing found in 8 steps of 2 environments.\n"
+
+
+def test_findings_are_printed_and_are_the_exit_code(run_command, monkeypatch):
+    step = GymnasiumVecEnv.step
+
+    def without_final_obs(self, actions):
+        *result, extras = step(self, actions)
+        return *result, {"time_outs": torch.ones(self.num_envs), "terminated": extras["terminated"]}
+
+    monkeypatch.setattr(GymnasiumVecEnv, "step", without_final_obs)
+    outcome = run_command("doctor", "--env", "InvertedPendulum-v5", "--num-envs", 2, "--steps", 8)
+    assert outcome.code == 1
+    assert outcome.out.startswith("time-outs-format: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env", "InvertedPendulum-v99"], "no Gymnasium task"),
+        (["--env", "CartPole-v1"], "Box with a float dtype"),
+        (["--steps", 3], "--steps goes with --env or --task"),
+        (["--num-envs", 3], "--num-envs goes with --env or --task"),
+        (["--env", "InvertedPendulum-v5", "--device", "no_such_device"], "--device no_such_device cannot be used"),
+    ],
+)
+def test_wrong_arguments_are_explained(run_command, flags, message):
+    outcome = run_command("doctor", *flags)
+    assert outcome.code == 2
+    assert message in outcome.err and len(outcome.err.splitlines()) == 1
+
+
+@pytest.fixture
+def simulators(monkeypatch):
+    """Modules in place of those that need a simulator; each has one task, and remembers what it was asked for."""
+    modules = {}
+    for package in SIMULATORS.values():
+        module = modules[package] = ModuleType(f"pyfast_ppo.{package}")
+        module.asked = []
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+        def make(task, num_envs, device, seed, module=module):
+            module.asked.append((task, num_envs, device))
+            if task not in module.tasks:
+                raise ValueError(f"{module.__name__} has no task {task!r}.")
+            return GymnasiumVecEnv("InvertedPendulum-v5", num_envs, device=device, seed=seed), None
+
+        module.make = make
+    modules["isaaclab"].tasks = ["Isaac-Pole"]
+    modules["mjlab"].tasks = ["Mjlab-Pole", "Pole"]
+    return modules
+
+
+@pytest.mark.parametrize(("task", "package"), [("Isaac-Pole", "isaaclab"), ("Mjlab-Pole", "mjlab")])
+def test_a_simulator_is_chosen_by_the_name_of_its_task(run_command, simulators, task, package):
+    outcome = run_command("doctor", "--task", task, "--num-envs", 1, "--steps", 4, "--device", "cpu")
+    assert (outcome.code, outcome.out) == (0, f"{task}: nothing found in 4 steps of 1 environment.\n")
+    assert {name: module.asked for name, module in simulators.items() if module.asked} == {package: [(task, 1, "cpu")]}
+
+
+def test_each_installed_simulator_is_asked_for_other_names(run_command, simulators, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert run_command("doctor", "--task", "Pole", "--steps", 4, "--device", "cpu").code == 0
+    assert [len(module.asked) for module in simulators.values()] == [1, 1]
+    outcome = run_command("doctor", "--task", "Pond", "--device", "cpu")
+    assert outcome.code == 2
+    assert "isaaclab has no task 'Pond'" in outcome.err and "mjlab has no task 'Pond'" in outcome.err
+
+
+def test_simulators_that_are_missing_are_named(run_command, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    outcome = run_command("doctor", "--task", "Pole")
+    assert outcome.code == 2 and "needs Isaac Lab or mjlab" in outcome.err
+    outcome = run_command("doctor", "--env", "InvertedPendulum-v5")
+    assert outcome.code == 2 and "pip install 'pyfast-ppo[gym]'" in outcome.err
+
+
+@pytest.mark.parametrize("package", SIMULATORS.values())
+def test_import_errors_of_a_simulator_are_shown(run_command, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, f"pyfast_ppo.{package}", None)
+    prefix = next(prefix for prefix, name in SIMULATORS.items() if name == package)
+    outcome = run_command("doctor", "--task", f"{prefix}Pole", "--device", "cpu")
+    assert outcome.code == 2 and f"--task {prefix}Pole cannot be made: " in outcome.err
