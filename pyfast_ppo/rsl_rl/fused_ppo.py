@@ -11,6 +11,7 @@ from importlib.metadata import version
 import torch
 import torch.nn as nn
 from rsl_rl.algorithms import PPO
+from rsl_rl.modules.distribution import GaussianDistribution
 from rsl_rl.storage import RolloutStorage
 from tensordict import TensorDict
 from torch import Tensor
@@ -22,7 +23,16 @@ from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, PPOLossOutput, ppo_loss_and_g
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, finite_statistics, first_nonfinite
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
-from pyfast_ppo.rsl_rl.policy import SampleSkipper, first_row, reason_not_fused, row_behind, std_is_parameter
+from pyfast_ppo.rsl_rl.policy import (
+    SampleInstead,
+    first_row,
+    reason_not_fused,
+    row_behind,
+    sample_without_waiting,
+    std_is_parameter,
+    store_std_once,
+)
+from pyfast_ppo.rsl_rl.ranks import mean_over_ranks, standardized_over_ranks
 from pyfast_ppo.schedules import (
     AdaptivePenalty,
     EarlyStop,
@@ -80,6 +90,8 @@ class FusedPPO(PPO):
         early_stop_kl: float | None = None,
         time_out_bootstrap: str = "final_obs",
         nonfinite: str = "skip",
+        reshuffle: bool = False,
+        global_advantage_statistics: bool = False,
         keep_random_stream: bool = False,
         adapt_before_first_step: bool = False,
         **kwargs,
@@ -107,6 +119,10 @@ class FusedPPO(PPO):
                 update in which no step could be taken raises
                 ``NonFiniteError``, which names what was not finite first. "raise": the error comes after any update
                 with such a step. "ignore": the step is taken, as in PPO.
+            reshuffle: Draw new mini-batches in each epoch; PPO draws them once per update. Not for recurrent policies,
+                whose mini-batches are not drawn.
+            global_advantage_statistics: With several processes, normalise advantages by the mean and std over all of
+                them; PPO does it in each process by itself.
             keep_random_stream: Draw the unused actions, so that random numbers come in the same order as in PPO: only
                 for comparisons, number by number.
             adapt_before_first_step: Let the adaptive learning rate act on the first mini-batch, too, if its KL is not
@@ -152,6 +168,14 @@ class FusedPPO(PPO):
             at_once=not critic.is_recurrent and (_NORMALIZES_IN_UPDATE or not critic.obs_normalization),
         )
 
+        self.reshuffle = reshuffle
+        if reshuffle and (self.actor.is_recurrent or self.critic.is_recurrent):
+            raise ValueError("reshuffle needs feed-forward models: the mini-batches of recurrent ones are not drawn")
+        self.global_advantage_statistics = global_advantage_statistics
+        self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
+
+        self._sampling = nullcontext
+        self._std_is_parameter = False
         self._stock_reason = reason_not_fused(self._raw_actor)
         if self._stock_reason is not None:
             chosen = {"kl_coef": kl_coef != 0.0, "early_stop_kl": early_stop_kl is not None}
@@ -162,7 +186,11 @@ class FusedPPO(PPO):
             return
         distribution = self._raw_actor.distribution
         self._std_is_parameter = std_is_parameter(distribution)
-        self._without_sampling = nullcontext if keep_random_stream else SampleSkipper(distribution)
+        self._without_sampling = (
+            nullcontext if keep_random_stream else SampleInstead(distribution, lambda: distribution.mean)
+        )
+        if type(distribution).sample is GaussianDistribution.sample:
+            self._sampling = SampleInstead(distribution, lambda: sample_without_waiting(distribution))
         self._adaptive = self.desired_kl is not None and self.schedule == "adaptive"
         self._rule = KL_RULES[kl_rule](self.desired_kl) if self._adaptive else None
         self._penalty = None if kl_target is None else AdaptivePenalty(kl_target)
@@ -175,8 +203,20 @@ class FusedPPO(PPO):
                 f"{type(self.optimizer).__name__}"
             )
 
-    # --- returns
+    # --- rollout
     # ------------------------------------------------------------------------------------------------------------
+
+    def act(self, obs: TensorDict) -> Tensor:
+        """Sample actions and store transition data."""
+        compiled = self.actor is not self._raw_actor  # then the compiler makes of the sampling what it can
+        with nullcontext() if compiled else self._sampling():
+            actions = super().act(obs)
+        if self.storage.step < self.storage.num_transitions_per_env:
+            # kept now: an environment may write into its observations while it steps
+            kept = self.storage.observations[self.storage.step]
+            kept.copy_(obs)
+            self.transition.observations = kept
+        return actions
 
     def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Tensor]) -> None:
         """Record one environment step."""
@@ -189,6 +229,8 @@ class FusedPPO(PPO):
                 self._final_values.record(self.storage.step, extras["final_obs"], time_outs)
             else:  # PPO adds γ V(s_t) to the reward
                 extras["time_outs"] = time_outs
+        if self._std_is_parameter:
+            store_std_once(self.storage, self.transition)
         super().process_env_step(obs, rewards, dones, extras)
 
     def compute_returns(self, obs: TensorDict) -> None:
@@ -199,6 +241,8 @@ class FusedPPO(PPO):
         last_values = self.critic(obs).detach()
         self.critic.reset(hidden_state=hidden_state)
         time_outs, final_values = self._final_values.collect()
+        normalize = not self.normalize_advantage_per_mini_batch
+        over_ranks = self.global_advantage_statistics and self._world_size > 1
         st.advantages, returns = gae(
             st.rewards,
             st.values,
@@ -208,10 +252,12 @@ class FusedPPO(PPO):
             self.lam,
             time_outs=time_outs,
             final_values=final_values,
-            normalize=not self.normalize_advantage_per_mini_batch,
+            normalize=normalize and not over_ranks,
             backend=self.backend,
         )
         st.returns.copy_(returns)
+        if normalize and over_ranks:
+            st.advantages = standardized_over_ranks(st.advantages, self._world_size)
         self._final_values.clear()
 
     # --- update
@@ -264,15 +310,17 @@ class FusedPPO(PPO):
         )
 
     def _mini_batches(self) -> Iterator[RolloutStorage.Batch]:
-        """The mini-batches of all epochs. rsl_rl shuffles once per update, so that each epoch has the same ones."""
+        """The mini-batches of all epochs: the same ones in each, as in PPO, unless they are to be drawn anew."""
         recurrent = self.actor.is_recurrent or self.critic.is_recurrent
         storage = self.storage
         generate = storage.recurrent_mini_batch_generator if recurrent else storage.mini_batch_generator
-        batches = list(generate(self.num_mini_batches, 1))
-        if self.normalize_advantage_per_mini_batch:
-            for batch in batches:
-                batch.advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
-        for _ in range(self.num_learning_epochs):
+        ranks = self._world_size if self.global_advantage_statistics else 1
+        for epoch in range(self.num_learning_epochs):
+            if epoch == 0 or self.reshuffle:
+                batches = list(generate(self.num_mini_batches, 1))
+                if self.normalize_advantage_per_mini_batch:
+                    for batch in batches:
+                        batch.advantages = standardized_over_ranks(batch.advantages, ranks)
             for batch in batches:
                 batch = copy.copy(batch)  # symmetry puts other tensors into the batch that it is given
                 if self.symmetry:  # and the user's function may write into the tensors
@@ -336,7 +384,7 @@ class FusedPPO(PPO):
     def _react(self, out: PPOLossOutput, run: _Run, policies: tuple[Tensor, ...]) -> None:
         """To the KL of this mini-batch, before its step. ``policies``: means and stds, old and new."""
         if self._early_stop is not None:
-            run.stopped = self._early_stop.update(self._over_ranks(out.kl), run.stopped)
+            run.stopped = self._early_stop.update(mean_over_ranks(out.kl, self._world_size), run.stopped)
             run.skipped.append(run.stopped)
         if self._adaptive:
             if self.kl_rule == "rsl_rl_4":
@@ -345,7 +393,7 @@ class FusedPPO(PPO):
                 kl = out.kl
             else:
                 kl = gaussian_kl(*policies, backend=self.backend).mean()
-            kl = self._over_ranks(kl)
+            kl = mean_over_ranks(kl, self._world_size)
             run.rule_kls.append(kl)
             if self.kl_rule != "proportional":
                 step_taken = bool(run.metrics) or (kl > 0.0 if self.adapt_before_first_step else False)
@@ -363,7 +411,7 @@ class FusedPPO(PPO):
         if self._penalty is not None:
             column = self._metric_names().index("kl")
             kl = torch.stack([row[column] for row in run.metrics[-self.num_mini_batches :]]).mean()
-            run.kl_coef = self._penalty.update(self._over_ranks(kl), run.kl_coef)
+            run.kl_coef = self._penalty.update(mean_over_ranks(kl, self._world_size), run.kl_coef)
 
     def _lower_if_lost(self, rate: Tensor, run: _Run) -> Tensor:
         """``rate``, or a lower one than the present if the last step could not be taken."""
@@ -371,14 +419,6 @@ class FusedPPO(PPO):
             return rate
         lowered = torch.clamp(self._rate.value / self._rule.factor, min=self._rule.min_rate)
         return torch.where(run.lost[-1], torch.minimum(rate, lowered), rate)
-
-    def _over_ranks(self, kl: Tensor) -> Tensor:
-        """The mean over all processes: they then decide alike."""
-        if not self.is_multi_gpu:
-            return kl
-        kl = kl.clone()
-        torch.distributed.all_reduce(kl, op=torch.distributed.ReduceOp.SUM)
-        return kl / self.gpu_world_size
 
     def _autocast(self):
         # rsl_rl has mixed precision since 5.5

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from rsl_rl.models import MLPModel
 from rsl_rl.modules.distribution import Distribution, GaussianDistribution
+from rsl_rl.storage import RolloutStorage
 from torch import Tensor
 
 from pyfast_ppo.ops._arguments import is_shared_row
@@ -40,17 +42,36 @@ def row_behind(std: Tensor) -> Tensor:
     return base if base is not None and is_shared_row(std) and base.shape == std.shape[-1:] else std
 
 
+def store_std_once(storage: RolloutStorage, transition: RolloutStorage.Transition) -> None:
+    """Has the storage keep a state-independent std as one row [A], which it sees as [T, E, A]."""
+    mean, std = transition.distribution_params
+    num_steps = storage.num_transitions_per_env
+    if storage.distribution_params is None:
+        means = torch.zeros(num_steps, *mean.shape, device=storage.device)
+        row = torch.zeros(std.shape[-1], device=storage.device)
+        storage.distribution_params = (means, row.expand(num_steps, *std.shape))
+    first_row(storage.distribution_params[1]).copy_(first_row(std))
+    transition.distribution_params = (mean,)
+
+
 def first_row(t: Tensor) -> Tensor:
     """[..., A] -> [A]."""
     return t[(0,) * (t.dim() - 1)]
 
 
-class SampleSkipper:
-    """Lets a policy's forward pass run without drawing the actions that an update does not use."""
+def sample_without_waiting(distribution: GaussianDistribution) -> Tensor:
+    """What ``Normal.sample`` draws, to the bit, without its check of the std, for which the host waits on a GPU."""
+    with torch.no_grad():
+        mean, std = distribution.mean, distribution.std
+        return torch.randn_like(mean).mul_(std).add_(mean)
 
-    def __init__(self, distribution: Distribution) -> None:
+
+class SampleInstead:
+    """Lets a policy's forward pass run with another way to draw actions, or without drawing any."""
+
+    def __init__(self, distribution: Distribution, instead: Callable[[], Tensor]) -> None:
         self._distribution = distribution
-        self._instead: Callable[[], Tensor] = lambda: distribution.mean
+        self._instead = instead
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

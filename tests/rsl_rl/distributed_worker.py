@@ -43,6 +43,42 @@ def train(algorithm: str, rank: int, nudge: float = 0.0, **args: object) -> dict
     return {"before": before, "state": state_of(alg), "rates": rates, "losses": losses}
 
 
+def make(rank: int, num_envs: int, multi_gpu: dict | None, args: dict) -> FusedPPO:
+    cfg = make_config(FUSED, args=dict(args), actor={"obs_normalization": True}, critic={"obs_normalization": True})
+    cfg["multi_gpu"] = multi_gpu
+    env = PointEnv(num_envs=num_envs, seed=rank)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return FusedPPO.construct_algorithm(env.get_observations(), env, cfg, "cpu")
+
+
+def halves_and_whole(rank: int, **args: object) -> dict:
+    """One algorithm sees all environments, another this process's half of the same rollouts."""
+    torch.manual_seed(3)  # the same in each process
+    args = {"schedule": "adaptive", "num_mini_batches": 1, "num_learning_epochs": 4, **args}
+    whole = make(0, 32, None, args)
+    half = make(0, 16, {"global_rank": rank, "local_rank": rank, "world_size": WORLD_SIZE}, args)
+    half.load(whole.save(), None, True)
+    env, mine = PointEnv(num_envs=32, seed=0), slice(16 * rank, 16 * rank + 16)
+    for _ in range(4):
+        for alg in (whole, half):
+            alg.train_mode()
+        with torch.inference_mode():
+            obs = env.get_observations()
+            for _ in range(whole.storage.num_transitions_per_env):
+                obs, rewards, dones, extras = env.step(whole.act(obs))
+                whole.process_env_step(obs, rewards, dones, extras)
+            ours, theirs = half.storage, whole.storage
+            for name in ("observations", "actions", "values", "rewards", "dones", "actions_log_prob"):
+                getattr(ours, name).copy_(getattr(theirs, name)[:, mine])
+            ours.distribution_params = tuple(p[:, mine].clone() for p in theirs.distribution_params)
+            ours.step = theirs.step
+            whole.compute_returns(obs)
+            half.compute_returns(obs[mine])
+        whole.update()
+        half.update()
+    return {"whole": state_of(whole), "half": state_of(half), "rates": (whole.learning_rate, half.learning_rate)}
+
+
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -54,6 +90,11 @@ def main() -> None:
         timeout=timedelta(seconds=120),
     )
     results = {
+        "halves": halves_and_whole(rank, global_advantage_statistics=True),
+        "halves, per mini-batch": halves_and_whole(
+            rank, global_advantage_statistics=True, normalize_advantage_per_mini_batch=True
+        ),
+        "halves, statistics of their own": halves_and_whole(rank),
         "stock": train("PPO", rank),
         "nudged": train("PPO", rank, nudge=2**-23),
         "fused": train(FUSED, rank, keep_random_stream=True),

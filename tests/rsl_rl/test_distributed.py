@@ -72,6 +72,28 @@ def test_they_end_where_ppo_ends(ranks: list[dict], state_distance: Callable) ->
         assert state_distance(rank["fused"]["state"], rank["stock"]["state"]) <= 10.0 * max(yardstick, 1e-6)
 
 
+def without_counts(state: dict) -> dict:
+    """Two processes that see the same count twice as much."""
+    return {name: t for name, t in state.items() if not name.endswith("count")}
+
+
+@pytest.mark.parametrize("run", ["halves", "halves, per mini-batch"])
+def test_two_halves_are_one_whole(run: str, ranks: list[dict], state_distance: Callable) -> None:
+    """Two processes with half of the environments each end as one that has all, to rounding; advantages are normalised
+    by the statistics of all."""
+    for rank in ranks:
+        whole, half = (without_counts(rank[run][part]) for part in ("whole", "half"))
+        assert state_distance(half, whole) < 1e-4
+        assert rank[run]["rates"][0] == pytest.approx(rank[run]["rates"][1], rel=1e-9)
+    assert state_distance(ranks[0][run]["half"], ranks[1][run]["half"]) == 0.0
+
+
+def test_statistics_of_their_own_make_another_whole(ranks: list[dict], state_distance: Callable) -> None:
+    """As in PPO, where each process normalises by itself."""
+    run = ranks[0]["halves, statistics of their own"]
+    assert state_distance(without_counts(run["half"]), without_counts(run["whole"])) > 1e-3
+
+
 def test_each_rank_reports_its_own_losses(ranks: list[dict]) -> None:
     for rank in ranks:
         for ours, theirs in zip(rank["fused"]["losses"], rank["stock"]["losses"], strict=True):

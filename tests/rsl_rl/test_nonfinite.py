@@ -161,7 +161,7 @@ def test_mean_and_std_are_named(new_run: Callable, index: int, name: str) -> Non
     run = new_run(FUSED, args={**SPLIT, "nonfinite": "raise"}).rollout()
     storage = run.alg.storage
     with torch.inference_mode():
-        storage.distribution_params[index][:] = math.nan
+        storage.distribution_params[index][0, 0] = math.nan  # of the std there is one row
     storage.actions_log_prob[:] = math.nan
     with pytest.raises(NonFiniteError, match=f"{name} was not finite first, at step 0"):
         run.alg.update()
