@@ -16,6 +16,7 @@ from conftest import FUSED, PointEnv, make_config, roll_out, state_of
 from rsl_rl.algorithms import PPO
 
 from pyfast_ppo.rsl_rl import FusedPPO
+from pyfast_ppo.rsl_rl.fused_ppo import _NORMALIZES_IN_UPDATE
 
 WORLD_SIZE = 2
 ITERATIONS = 8
@@ -44,7 +45,9 @@ def train(algorithm: str, rank: int, nudge: float = 0.0, **args: object) -> dict
 
 
 def make(rank: int, num_envs: int, multi_gpu: dict | None, args: dict) -> FusedPPO:
-    cfg = make_config(FUSED, args=dict(args), actor={"obs_normalization": True}, critic={"obs_normalization": True})
+    # before 5.5 normalizers follow the environment, which the half does not step
+    model = {"obs_normalization": _NORMALIZES_IN_UPDATE}
+    cfg = make_config(FUSED, args=dict(args), actor=dict(model), critic=dict(model))
     cfg["multi_gpu"] = multi_gpu
     env = PointEnv(num_envs=num_envs, seed=rank)
     with contextlib.redirect_stdout(io.StringIO()):
