@@ -21,11 +21,13 @@ from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, PPOLossOutput, ppo_loss_and_grad
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
-from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, finite_statistics, first_nonfinite
+from pyfast_ppo.rsl_rl.captured import Captured
+from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, first_nonfinite, statistics_in_place
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.policy import (
     SampleInstead,
     first_row,
+    gathered,
     reason_not_fused,
     row_behind,
     sample_without_waiting,
@@ -92,6 +94,7 @@ class FusedPPO(PPO):
         nonfinite: str = "skip",
         reshuffle: bool = False,
         global_advantage_statistics: bool = False,
+        cuda_graph: bool = False,
         keep_random_stream: bool = False,
         adapt_before_first_step: bool = False,
         **kwargs,
@@ -123,6 +126,10 @@ class FusedPPO(PPO):
                 whose mini-batches are not drawn.
             global_advantage_statistics: With several processes, normalise advantages by the mean and std over all of
                 them; PPO does it in each process by itself.
+            cuda_graph: Record the update as a CUDA graph and replay it, with one launch in place of thousands. For
+                feed-forward models on one GPU; what cannot be recorded runs without, and the log says why. Recorded
+                anew when a shape, an address or a number that it freezes changes. Not yet measured on a GPU, hence not
+                the default.
             keep_random_stream: Draw the unused actions, so that random numbers come in the same order as in PPO: only
                 for comparisons, number by number.
             adapt_before_first_step: Let the adaptive learning rate act on the first mini-batch, too, if its KL is not
@@ -197,6 +204,11 @@ class FusedPPO(PPO):
         self._early_stop = None if early_stop_kl is None else EarlyStop(early_stop_kl)
         self._rate = DeviceRate(self.optimizer)
         self._rnd_rate = DeviceRate(self.rnd.optimizer) if self.rnd else None
+        self._penalty_coef: Tensor | None = None  # the memory of kl_coef on the device, if it adapts
+        self._rows: Tensor | None = None  # the order of the rollout's rows in each epoch, or in all
+        self._captured = Captured[_Run]() if cuda_graph else None
+        if cuda_graph and (reason := self._reason_not_captured()):
+            self._captured.give_up(reason)
         if self._early_stop is not None and not self._rate.can_skip:
             raise ValueError(
                 f"early_stop_kl needs an optimizer that can skip a step on the device: adam, adamw or sgd, not "
@@ -243,7 +255,7 @@ class FusedPPO(PPO):
         time_outs, final_values = self._final_values.collect()
         normalize = not self.normalize_advantage_per_mini_batch
         over_ranks = self.global_advantage_statistics and self._world_size > 1
-        st.advantages, returns = gae(
+        advantages, returns = gae(
             st.rewards,
             st.values,
             st.dones,
@@ -257,7 +269,8 @@ class FusedPPO(PPO):
         )
         st.returns.copy_(returns)
         if normalize and over_ranks:
-            st.advantages = standardized_over_ranks(st.advantages, self._world_size)
+            advantages = standardized_over_ranks(advantages, self._world_size)
+        st.advantages.copy_(advantages)
         self._final_values.clear()
 
     # --- update
@@ -268,26 +281,24 @@ class FusedPPO(PPO):
         if self._stock_reason is not None:
             return super().update()
 
-        run = _Run(self)
-        if self._adaptive:
-            self._rate.start(self.learning_rate)
+        self._put_inputs_on_device()
+        last_rate = None
         try:
-            for batch in self._mini_batches():
-                self._step(batch, run)
-            self._after_last_step(run)
+            run = self._steps() if self._captured is None else self._captured.run(self._steps, self._capture_key)
             loss_dict = self._loss_dict(run)
+            last_rate = loss_dict.pop("learning_rate", None)  # rsl_rl's logger has it from the algorithm
         finally:  # whatever happens, a checkpoint finds numbers
             self._rate.skip_if(None)
             if self._rnd_rate is not None:
                 self._rnd_rate.skip_if(None)
             if self._adaptive:
-                self.learning_rate = self._rate.finish(run.last_rate)
+                self.learning_rate = self._rate.finish(last_rate)
         self._raise_if_lost(loss_dict)
         self._iteration += 1
 
         if _NORMALIZES_IN_UPDATE:
             models = [self._raw_actor, self._raw_critic, *([self.rnd] if self.rnd else [])]
-            with nullcontext() if self.nonfinite == "ignore" else finite_statistics(models):
+            with statistics_in_place(models, finite_only=self.nonfinite != "ignore"):
                 obs = self.storage.observations.flatten(0, 1)
                 self.actor.update_normalization(obs)
                 self.critic.update_normalization(obs)
@@ -295,6 +306,76 @@ class FusedPPO(PPO):
                     self.rnd.update_normalization(obs)
         self.storage.clear()
         return loss_dict
+
+    def _put_inputs_on_device(self) -> None:
+        """What changes from one update to the next, and is not in the storage: in memory that stays."""
+        if self._adaptive:
+            self._rate.start(self.learning_rate)
+        if self._penalty is not None:  # filled in, not copied: a copy to a GPU would wait
+            if self._penalty_coef is None:
+                self._penalty_coef = torch.empty((), dtype=torch.float64, device=self.device)
+            self._penalty_coef.fill_(self.kl_coef)
+        if not (self.actor.is_recurrent or self.critic.is_recurrent):
+            num_rows = self.storage.num_envs * self.storage.num_transitions_per_env
+            num_rows -= num_rows % self.num_mini_batches
+            epochs = self.num_learning_epochs if self.reshuffle else 1
+            # the same draw as in PPO
+            rows = torch.stack([torch.randperm(num_rows, device=self.storage.device) for _ in range(epochs)])
+            if self._rows is None or self._rows.shape != rows.shape:
+                self._rows = rows
+            else:
+                self._rows.copy_(rows)
+
+    def _steps(self) -> _Run:
+        """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
+        run = _Run(self._penalty_coef if self._penalty is not None else self.kl_coef)
+        if self._adaptive:
+            self._rate.begin()
+        for batch in self._mini_batches():
+            self._step(batch, run)
+        self._after_last_step(run)
+        return run
+
+    def _reason_not_captured(self) -> str | None:
+        """Why the update cannot be a CUDA graph, as far as it can be told before it is tried."""
+        if torch.device(self.device).type != "cuda":
+            return f"the device is {self.device}"
+        if self.actor.is_recurrent or self.critic.is_recurrent:
+            return "recurrent models have mini-batches of changing shapes"
+        if self.is_multi_gpu:
+            return "several processes reduce their gradients within it"
+        if self.keep_random_stream:
+            return "keep_random_stream draws random numbers within it"
+        normalized = self._raw_actor.obs_normalization or self._raw_critic.obs_normalization
+        if normalized and not _NORMALIZES_IN_UPDATE:
+            return "rsl_rl before 5.5 moves its normalizers to other memory in each rollout"
+        if not self._rate.on_device:
+            return f"{type(self.optimizer).__name__} reads its learning rate on the host"
+        if not self._rate.can_skip and self.nonfinite != "ignore":
+            return f"{type(self.optimizer).__name__} has to be asked on the host whether it skips a step"
+        return None
+
+    def _capture_key(self) -> tuple:
+        """What a graph of ``_steps`` freezes: addresses, shapes, modes, and numbers on the host."""
+        st = self.storage
+        modules = [self.actor, self.critic]
+        if self.rnd:  # not its normalizer of rewards, which moves during a rollout and is not used here
+            modules += [self.rnd.predictor, self.rnd.target, self.rnd.state_normalizer]
+        optimizers = [self.optimizer, *([self.rnd.optimizer] if self.rnd else [])]
+        tensors = [p for module in modules for p in (*module.parameters(), *module.buffers())]
+        tensors += [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
+        tensors += [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, *st.distribution_params]
+        tensors += [*st.observations.values(), self._rows]
+        numbers = (self.clip_param, self.value_loss_coef, self.entropy_coef, self.max_grad_norm, self.desired_kl)
+        numbers += (self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches)
+        numbers += (self.kl_coef if self._penalty is None else None, self.normalize_advantage_per_mini_batch)
+        numbers += (None if self._adaptive else tuple(group["lr"] for group in self.optimizer.param_groups),)
+        numbers += (getattr(self, "use_mixed_precision", False), torch.get_float32_matmul_precision())
+        return (
+            tuple((t.data_ptr(), t.shape, t.requires_grad) for t in tensors),
+            tuple(m.training for module in modules for m in module.modules()),
+            numbers,
+        )
 
     def _raise_if_lost(self, loss_dict: dict[str, float]) -> None:
         """If no step could be taken, or one could not and that is an error."""
@@ -312,12 +393,13 @@ class FusedPPO(PPO):
     def _mini_batches(self) -> Iterator[RolloutStorage.Batch]:
         """The mini-batches of all epochs: the same ones in each, as in PPO, unless they are to be drawn anew."""
         recurrent = self.actor.is_recurrent or self.critic.is_recurrent
-        storage = self.storage
-        generate = storage.recurrent_mini_batch_generator if recurrent else storage.mini_batch_generator
         ranks = self._world_size if self.global_advantage_statistics else 1
         for epoch in range(self.num_learning_epochs):
             if epoch == 0 or self.reshuffle:
-                batches = list(generate(self.num_mini_batches, 1))
+                if recurrent:
+                    batches = list(self.storage.recurrent_mini_batch_generator(self.num_mini_batches, 1))
+                else:
+                    batches = [gathered(self.storage, rows) for rows in self._rows[epoch].chunk(self.num_mini_batches)]
                 if self.normalize_advantage_per_mini_batch:
                     for batch in batches:
                         batch.advantages = standardized_over_ranks(batch.advantages, ranks)
@@ -408,6 +490,8 @@ class FusedPPO(PPO):
             self._rate.set(self._lower_if_lost(self._rule.update(kl, self._rate.value), run))
         elif self._adaptive:
             self._rate.set(self._lower_if_lost(self._rate.value, run))
+        if self._adaptive:
+            run.last_rate = self._rate.value
         if self._penalty is not None:
             column = self._metric_names().index("kl")
             kl = torch.stack([row[column] for row in run.metrics[-self.num_mini_batches :]]).mean()
@@ -490,12 +574,11 @@ class FusedPPO(PPO):
             extra["nonfinite_steps"] = torch.stack(run.lost).sum()
         if self._penalty is not None:
             extra["kl_coef"] = run.kl_coef
-        if self._adaptive:
-            extra["learning_rate"] = self._rate.value
+        if run.last_rate is not None:
+            extra["learning_rate"] = run.last_rate
         values = torch.cat([metrics.mean(0), torch.stack([t.double() for t in extra.values()])]).tolist()
         loss_dict = dict(zip([*names, *extra], values, strict=True))
         self.kl_coef = loss_dict.get("kl_coef", self.kl_coef)
-        run.last_rate = loss_dict.pop("learning_rate", None)  # rsl_rl's logger has it from the algorithm
         return loss_dict
 
     # --- checkpoints
@@ -530,14 +613,12 @@ class FusedPPO(PPO):
 class _Run:
     """What one update collects: tensors on the device, in the order of the mini-batches."""
 
-    def __init__(self, algorithm: FusedPPO) -> None:
+    def __init__(self, kl_coef: float | Tensor) -> None:
+        self.kl_coef = kl_coef
         self.metrics: list[Tensor] = []  # rows of FusedPPO._metrics
         self.rule_kls: list[Tensor] = []  # what the rule for the learning rate was fed
         self.rates: list[Tensor] = []
-        self.last_rate: float | None = None  # at the end, once the host has read it
+        self.last_rate: Tensor | None = None
         self.stopped: Tensor | None = None
         self.skipped: list[Tensor] = []
         self.lost: list[Tensor] = []  # steps whose gradients were not finite
-        self.kl_coef: float | Tensor = algorithm.kl_coef
-        if algorithm._penalty is not None:  # filled in, not copied: a copy to a GPU would wait
-            self.kl_coef = torch.full((), algorithm.kl_coef, dtype=torch.float64, device=algorithm.device)

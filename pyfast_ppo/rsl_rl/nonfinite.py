@@ -54,20 +54,24 @@ def _earliest(tensors: dict[str, Tensor]) -> tuple[str, int, int] | None:
 
 
 @contextmanager
-def finite_statistics(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Statistics of observation normalizers that would become NaN or infinite inside stay what they were."""
+def statistics_in_place(models: Iterable[nn.Module], finite_only: bool) -> Iterator[None]:
+    """What normalizers learn inside is written into the memory that they had: a CUDA graph reads it there.
+
+    ``finite_only``: statistics that would become NaN or infinite stay what they were.
+    """
     normalizers = [m for model in models for m in model.modules() if isinstance(m, EmpiricalNormalization)]
-    before = [{name: buffer.clone() for name, buffer in n.named_buffers()} for n in normalizers]
+    memory = [dict(normalizer.named_buffers()) for normalizer in normalizers]
+    before = [{name: buffer.clone() for name, buffer in buffers.items()} for buffers in memory]
     yield
-    for normalizer, old in zip(normalizers, before, strict=True):
+    for normalizer, places, old in zip(normalizers, memory, before, strict=True):
         new = dict(normalizer.named_buffers())
-        fine = torch.stack([torch.isfinite(buffer).all() for buffer in new.values()]).all()
+        if finite_only:
+            fine = torch.stack([torch.isfinite(buffer).all() for buffer in new.values()]).all()
+            new = {name: torch.where(fine, buffer, old[name]) for name, buffer in new.items()}
         for name, buffer in new.items():
-            kept = torch.where(fine, buffer, old[name])
-            if buffer.is_inference():  # made during a rollout; not to be written to outside of one
-                setattr(normalizer, name, kept)
-            else:
-                buffer.copy_(kept)
+            # made in inference mode, memory cannot be written to outside of it: then the buffer moves, once
+            place = buffer.clone() if places[name].is_inference() else places[name].copy_(buffer)
+            setattr(normalizer, name, place)
 
 
 def any_nonfinite(norms: list[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ class DeviceRate:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._initial: Tensor | None = None
         self._value: Tensor | None = None
         self._skip: Tensor | None = None
         self._options = [dict(group) for group in optimizer.param_groups]  # as they were made
@@ -34,6 +35,8 @@ class DeviceRate:
         for group in self._optimizer.param_groups:
             group[option] = True
             group["foreach"] = None if option == "fused" else group["foreach"]  # not both
+            if "capturable" in group:  # a CUDA graph asks for it, also where the step is fused
+                group["capturable"] = all(parameter.is_cuda for parameter in group["params"])
             for parameter in group["params"]:
                 state = self._optimizer.state.get(parameter, {})
                 if "step" in state:  # on the host, if another kind of step was taken before
@@ -41,9 +44,15 @@ class DeviceRate:
                     state["step"] = step.to(parameter.device)
 
     def start(self, rate: float) -> None:
-        """``rate`` from now on; filled in, not copied: a copy to a GPU would wait."""
-        device = self._optimizer.param_groups[0]["params"][0].device
-        self.set(torch.full((), rate, dtype=torch.float64, device=device))
+        """``rate`` from ``begin`` on; filled in, not copied: a copy to a GPU would wait. Always the same memory."""
+        if self._initial is None:
+            device = self._optimizer.param_groups[0]["params"][0].device
+            self._initial = torch.empty((), dtype=torch.float64, device=device)
+        self._initial.fill_(rate)
+
+    def begin(self) -> None:
+        """The steps that follow have the rate of ``start``."""
+        self.set(self._initial)
 
     def state_dict(self) -> dict:
         """The optimizer's, as if its step were the ordinary one: with the options and counters of that."""
@@ -83,7 +92,8 @@ class DeviceRate:
 
     def finish(self, rate: float | None = None) -> float:
         """Plain numbers again. ``rate``: the present one, if the host has read it; else it waits for it here."""
-        rate = self._value.item() if rate is None else rate
+        if rate is None:
+            rate = (self._initial if self._value is None else self._value).item()
         self._value = None
         for group in self._optimizer.param_groups:
             group["lr"] = rate

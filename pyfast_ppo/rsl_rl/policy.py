@@ -9,6 +9,7 @@ import torch
 from rsl_rl.models import MLPModel
 from rsl_rl.modules.distribution import Distribution, GaussianDistribution
 from rsl_rl.storage import RolloutStorage
+from tensordict import TensorDict
 from torch import Tensor
 
 from pyfast_ppo.ops._arguments import is_shared_row
@@ -52,6 +53,23 @@ def store_std_once(storage: RolloutStorage, transition: RolloutStorage.Transitio
         storage.distribution_params = (means, row.expand(num_steps, *std.shape))
     first_row(storage.distribution_params[1]).copy_(first_row(std))
     transition.distribution_params = (mean,)
+
+
+def gathered(storage: RolloutStorage, rows: Tensor) -> RolloutStorage.Batch:
+    """The mini-batch of these rows, of T · E."""
+
+    def take(t: Tensor | TensorDict) -> Tensor | TensorDict:
+        return t.flatten(0, 1)[rows]
+
+    return RolloutStorage.Batch(
+        observations=take(storage.observations),
+        actions=take(storage.actions),
+        values=take(storage.values),
+        advantages=take(storage.advantages),
+        returns=take(storage.returns),
+        old_actions_log_prob=take(storage.actions_log_prob),
+        old_distribution_params=tuple(map(take, storage.distribution_params)),
+    )
 
 
 def first_row(t: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def start_run(
     run = Run(OnPolicyRunner(env, make_config(algorithm, **config), log_dir, device))
     if nudge is not None:
         _nudge(run.alg, nudge)
-    run.alg.optimizer.register_step_pre_hook(lambda optimizer, *_: run.rates.append(optimizer.param_groups[0]["lr"]))
+    run.alg.optimizer.register_step_pre_hook(lambda optimizer, *_: run.rates.append(rate_of(optimizer)))
     update = run.alg.update
 
     def recorded_update() -> dict[str, float]:
@@ -230,6 +230,12 @@ def start_run(
 
     run.alg.update = recorded_update
     return run
+
+
+def rate_of(optimizer: torch.optim.Optimizer) -> float | Tensor:
+    """Its present learning rate; a tensor may hold another one later."""
+    rate = optimizer.param_groups[0]["lr"]
+    return rate.clone() if isinstance(rate, Tensor) else rate
 
 
 def _nudge(alg: PPO, seed: int) -> None:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from conftest import FUSED, PointEnv, make_config, roll_out, state_of
+from conftest import FUSED, PointEnv, make_config, rate_of, roll_out, state_of
 from rsl_rl.algorithms import PPO
 
 from pyfast_ppo.rsl_rl import FusedPPO
@@ -37,7 +37,7 @@ def train(algorithm: str, rank: int, nudge: float = 0.0, **args: object) -> dict
             p.mul_(1.0 + nudge)
     alg.broadcast_parameters()
     rates, losses = [], []
-    alg.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    alg.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(rate_of(optimizer)))
     for _ in range(ITERATIONS):
         roll_out(alg, env)
         losses.append(alg.update())

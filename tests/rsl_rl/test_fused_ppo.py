@@ -102,22 +102,24 @@ def test_each_mini_batch_is_gathered_once_per_update(
 
 
 @pytest.mark.parametrize("model", ["MLPModel", "RNNModel"])
-def test_the_storage_makes_the_mini_batches_of_one_epoch(model: str, new_run: Callable) -> None:
+def test_the_mini_batches_are_those_of_the_storage(model: str, new_run: Callable) -> None:
+    """In its order, from the same random numbers, the same ones in each epoch."""
     run = new_run(FUSED, args=SPLIT, actor={"class_name": model}).rollout()
-    name = "recurrent_mini_batch_generator" if model == "RNNModel" else "mini_batch_generator"
-    generate = getattr(run.alg.storage, name)
-    calls, batches = [], []
-
-    def recorded(*args):
-        calls.append(args)
-        for batch in generate(*args):
-            batches.append(batch)
-            yield batch
-
-    setattr(run.alg.storage, name, recorded)
+    storage = run.alg.storage
+    random_state = torch.get_rng_state()
+    generate = storage.recurrent_mini_batch_generator if model == "RNNModel" else storage.mini_batch_generator
+    expected = list(generate(MINI_BATCHES, 1))
+    torch.set_rng_state(random_state)
+    batches, step = [], run.alg._step
+    run.alg._step = lambda batch, *rest: (batches.append(batch), step(batch, *rest))
     run.alg.update()
-    assert calls == [(MINI_BATCHES, 1)]
-    assert len(batches) == MINI_BATCHES
+    assert len(batches) == EPOCHS * MINI_BATCHES
+    for i, batch in enumerate(batches):
+        want = expected[i % MINI_BATCHES]
+        assert (batch.observations == want.observations).all()
+        for name in ("actions", "values", "advantages", "returns", "old_actions_log_prob"):
+            assert torch.equal(getattr(batch, name), getattr(want, name)), name
+        assert all(map(torch.equal, batch.old_distribution_params, want.old_distribution_params))
     assert len(run.rates) == EPOCHS * MINI_BATCHES
 
 
@@ -198,14 +200,10 @@ def test_loss_dict_has_the_metrics_of_the_mini_batches(
     """Against what rsl_rl's own mini-batches and networks give just before each step."""
     args = {**SPLIT, "schedule": "fixed", "learning_rate": 3e-3, "kl_direction": direction}
     run = new_run(FUSED, args=args, actor=HETEROSCEDASTIC if heteroscedastic else {}).rollout()
-    alg, generate = run.alg, run.alg.storage.mini_batch_generator
-    batches: list = []
-
-    def recorded(*args):
-        for batch in generate(*args):
-            batches.append(batch)
-            yield batch
-
+    alg = run.alg
+    random_state = torch.get_rng_state()
+    batches = list(alg.storage.mini_batch_generator(MINI_BATCHES, 1))
+    torch.set_rng_state(random_state)
     rows = []
 
     def by_hand(*_) -> None:
@@ -226,7 +224,6 @@ def test_loss_dict_has_the_metrics_of_the_mini_batches(
             )
         )
 
-    alg.storage.mini_batch_generator = recorded
     alg.optimizer.register_step_pre_hook(by_hand)
     loss_dict = alg.update()
 

@@ -12,7 +12,7 @@ from rsl_rl.modules import EmpiricalNormalization
 from torch import Tensor
 
 from pyfast_ppo.rsl_rl import FusedPPO
-from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, finite_statistics
+from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, statistics_in_place
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 SPLIT = {"num_learning_epochs": 3, "num_mini_batches": 4}
@@ -205,12 +205,14 @@ def test_statistics_stay_finite(value: float) -> None:
     normalizer.update(torch.randn(50, 3))
     before = [b.clone() for b in normalizer.buffers()]
     batch = torch.randn(50, 3)
-    with finite_statistics([torch.nn.Sequential(normalizer)]):
+    addresses = [b.data_ptr() for b in normalizer.buffers()]
+    with statistics_in_place([torch.nn.Sequential(normalizer)], finite_only=True):
         normalizer.update(batch)
+    assert addresses == [b.data_ptr() for b in normalizer.buffers()]
     assert not all(map(torch.equal, before, normalizer.buffers()))
     before = [b.clone() for b in normalizer.buffers()]
     batch[7, 1] = value
-    with finite_statistics([torch.nn.Sequential(normalizer)]):
+    with statistics_in_place([torch.nn.Sequential(normalizer)], finite_only=True):
         normalizer.update(batch)
     assert all(map(torch.equal, before, normalizer.buffers()))
 

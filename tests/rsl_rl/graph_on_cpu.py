@@ -1,0 +1,83 @@
+"""A CUDA graph, as far as PyTorch's operators can tell, on the CPU: what is recorded runs again on the same memory.
+
+As on a GPU, recording computes nothing that lasts: what the work changes is put back. As on a GPU, a number on the host
+is frozen, and asking for a value is an error. Kernels that PyTorch does not see, as those of pyfast_ppo's own backends,
+cannot be recorded: the backend has to be "eager".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal")
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every operator with the very tensors that it got and gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # memory that was there before it was written to
+        self._made: set[int] = set()  # memory that was made while recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        kwargs = kwargs or {}
+        written = [
+            a
+            for argument, a in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        for t in tree_leaves(written):
+            memory = t.untyped_storage().data_ptr()
+            if memory not in self._made and memory not in self.before:
+                self.before[memory] = (t, t.clone() if t.is_contiguous() else t.contiguous().clone())
+        out = func(*args, **kwargs)
+        self._made |= {t.untyped_storage().data_ptr() for t in tensors_of(out)} - self.memory_of(args, kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def memory_of(self, *trees: Any) -> set[int]:
+        return {t.untyped_storage().data_ptr() for t in tensors_of(trees)} - self._made
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+class GraphOnCpu:
+    """Stands in for ``captured.Graph``."""
+
+    recorded: ClassVar[list[GraphOnCpu]] = []
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.num_replays = 0
+        GraphOnCpu.recorded.append(self)
+
+    def record(self, work: Callable[[], Any]) -> Any:
+        with Recorder() as recorder:
+            result = work()
+        self.calls = recorder.calls
+        with torch.no_grad():
+            for t, before in recorder.before.values():
+                t.copy_(before)
+        return result
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                new = func(*args, **kwargs)
+                for t, value in zip(tensors_of(out), tensors_of(new), strict=True):
+                    if t.data_ptr() != value.data_ptr():
+                        t.copy_(value)

@@ -1,0 +1,220 @@
+"""The update as a CUDA graph: when it is recorded, when not, and that a replay computes what the update does.
+
+Graphs are those of graph_on_cpu.py; where there is a GPU, test_on_a_gpu runs real ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyfast_ppo.rsl_rl import FusedPPO, captured
+from pyfast_ppo.rsl_rl.fused_ppo import _NORMALIZES_IN_UPDATE
+
+sys.path.append(str(Path(__file__).parent))
+
+from graph_on_cpu import GraphOnCpu
+
+FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
+LSTM = {"class_name": "RNNModel", "rnn_type": "lstm", "rnn_hidden_dim": 8}
+RND = {"num_outputs": 4, "predictor_hidden_dims": [8], "target_hidden_dims": [8], "weight": 0.5}
+HETEROSCEDASTIC = {"distribution_cfg": {"class_name": "HeteroscedasticGaussianDistribution", "std_type": "log"}}
+ITERATIONS = 6
+
+CASES = {
+    "adaptive": {"args": {"schedule": "adaptive"}},
+    "fixed": {"args": {"schedule": "fixed"}},
+    "proportional": {"args": {"schedule": "adaptive", "kl_rule": "proportional"}},
+    "early_stop": {"args": {"schedule": "adaptive", "early_stop_kl": 1e-3}},
+    "penalty": {"args": {"schedule": "adaptive", "kl_coef": 0.5, "kl_target": 1e-3}},
+    "sgd": {"args": {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "adaptive"}},
+    "reshuffle": {"args": {"schedule": "adaptive", "reshuffle": True}},
+    "per_mini_batch": {"args": {"schedule": "fixed", "normalize_advantage_per_mini_batch": True}},
+    "heteroscedastic": {"args": {"schedule": "adaptive"}, "actor": HETEROSCEDASTIC},
+    "normalized": {"args": {"schedule": "adaptive"}, "actor": {"obs_normalization": True}},
+    "rnd": {"args": {"schedule": "adaptive", "rnd_cfg": dict(RND)}},
+    "symmetry": {"args": {"schedule": "adaptive", "symmetry_cfg": {"use_data_augmentation": True}}},
+}
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphOnCpu]]:
+    """The graphs that are made, on the CPU."""
+    GraphOnCpu.recorded = []
+    monkeypatch.setattr(captured, "Graph", GraphOnCpu)
+    real = FusedPPO._reason_not_captured
+
+    def as_on_a_gpu(self: FusedPPO) -> str | None:
+        reason = real(self)
+        if reason == "the device is cpu":
+            device, self.device = self.device, "cuda"
+            reason = real(self)
+            self.device = device
+        return reason
+
+    monkeypatch.setattr(FusedPPO, "_reason_not_captured", as_on_a_gpu)
+    yield GraphOnCpu.recorded
+
+
+def with_graph(case: dict, **args: object) -> dict:
+    return {**case, "args": {**case["args"], "backend": "eager", "cuda_graph": True, **args}}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_replay_gives_the_bits_of_the_update(case: dict, new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    """Over iterations with new data each: parameters, rates, losses."""
+    plain = new_run(FUSED, **{**case, "args": {**case["args"], "backend": "eager"}}).learn(ITERATIONS)
+    run = new_run(FUSED, **with_graph(case)).learn(ITERATIONS)
+    if case is CASES["normalized"] and not _NORMALIZES_IN_UPDATE:
+        assert "moves its normalizers" in run.alg._captured.reason
+        return
+    assert run.alg._captured.reason is None
+    assert len(graphs) == 1
+    assert graphs[0].num_replays >= ITERATIONS - 2  # the first update makes Adam's moments
+    assert run.distance(plain) == 0.0
+    assert run.losses == plain.losses
+    assert run.alg.learning_rate == plain.alg.learning_rate
+
+
+def test_the_emulation_freezes_numbers_on_the_host(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    """The tests above can fail: a coefficient that is changed behind the key's back has no effect."""
+    run = new_run(FUSED, **with_graph(CASES["fixed"])).learn(3)
+    key = run.alg._capture_key()
+    run.alg._capture_key = lambda: key
+    other = new_run(FUSED, **with_graph(CASES["fixed"])).learn(3)
+    for each in (run, other):
+        each.alg.entropy_coef = 5.0
+        each.learn(1)
+    assert run.distance(other) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda alg: setattr(alg, "clip_param", 0.3),
+        lambda alg: setattr(alg, "entropy_coef", 0.1),
+        lambda alg: setattr(alg, "max_grad_norm", 0.1),
+        lambda alg: setattr(alg, "train_mode", alg.eval_mode),
+        lambda alg: alg.actor.mlp[0].bias.requires_grad_(False),
+        lambda alg: alg.actor.mlp[0].weight.set_(alg.actor.mlp[0].weight.detach().clone()),
+        lambda alg: alg.load(copy.deepcopy(alg.save()), None, True),
+        lambda alg: [group.update(lr=1e-4) for group in alg.optimizer.param_groups],
+    ],
+    ids=["clip_param", "entropy_coef", "max_grad_norm", "mode", "requires_grad", "address", "load", "rate"],
+)
+def test_it_is_recorded_anew_when_something_frozen_changes(
+    change: Callable, new_run: Callable, graphs: list[GraphOnCpu]
+) -> None:
+    """And the result is that of a run without a graph with the same change."""
+    runs = [
+        new_run(FUSED, **config)
+        for config in (with_graph(CASES["fixed"]), with_graph(CASES["fixed"], cuda_graph=False))
+    ]
+    for run in runs:
+        torch.manual_seed(0)
+        for _ in range(3):
+            run.rollout()
+            run.alg.update()
+        with torch.no_grad():
+            change(run.alg)
+        for _ in range(3):
+            run.rollout()
+            run.alg.update()
+    assert len(graphs) == 2
+    assert runs[0].distance(runs[1]) == 0.0
+
+
+def test_a_number_that_changes_in_each_update_is_never_recorded(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    """An entropy bonus that is annealed: no graph is better than a new one each time."""
+    run = new_run(FUSED, **with_graph(CASES["fixed"]))
+    for i in range(4):
+        run.alg.entropy_coef = 0.01 / (i + 1)
+        run.rollout()
+        run.alg.update()
+    assert graphs == []
+    assert run.alg._captured.reason is None
+
+
+class Waiting(torch.nn.Module):
+    """Looks at a number on the host in its forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2.0 if x.sum().item() > 1e9 else x
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(
+    new_run: Callable, graphs: list[GraphOnCpu], caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = []
+    for cuda_graph in (True, False):
+        run = new_run(FUSED, **with_graph(CASES["adaptive"], cuda_graph=cuda_graph))
+        run.alg.actor.mlp.append(Waiting())
+        with caplog.at_level(logging.WARNING):
+            runs.append(run.learn(4))
+    assert [graph.num_replays for graph in graphs] == [0]
+    assert "it cannot be recorded (operation not permitted" in runs[0].alg._captured.reason
+    assert [r.getMessage() for r in caplog.records if "without a CUDA graph" in r.getMessage()] == [
+        f"The update runs without a CUDA graph: {runs[0].alg._captured.reason}."
+    ]
+    assert runs[0].distance(runs[1]) == 0.0
+    assert runs[0].losses == runs[1].losses
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"critic": LSTM}, "recurrent models"),
+        ({"args": {"keep_random_stream": True}}, "keep_random_stream draws random numbers"),
+        ({"args": {"optimizer": "rmsprop"}}, "RMSprop reads its learning rate on the host"),
+    ],
+    ids=["recurrent", "random_stream", "rmsprop"],
+)
+def test_what_is_known_beforehand(config: dict, reason: str, new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    config = {"args": {}, **config}
+    run = new_run(FUSED, **with_graph(config)).learn(2)
+    assert reason in run.alg._captured.reason
+    assert graphs == []
+
+
+def test_on_the_cpu_it_says_so(new_run: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        run = new_run(FUSED, args={"cuda_graph": True})
+    assert run.alg._captured.reason == "the device is cpu"
+    assert "The update runs without a CUDA graph: the device is cpu." in caplog.text
+    run.learn(1)
+
+
+def test_a_lost_step_within_a_graph(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    """Data that are not finite reach a replay: its steps are not taken, and the next update goes on."""
+    case = CASES["per_mini_batch"]
+    runs = [new_run(FUSED, **with_graph(case, cuda_graph=choice)) for choice in (True, False)]
+    for run in runs:
+        torch.manual_seed(0)
+        for i in range(4):
+            run.rollout()
+            if i == 2:
+                run.alg.storage.returns[2, 5] = torch.nan
+            run.alg.update()
+    assert [losses["nonfinite_steps"] for losses in runs[0].losses] == [0.0, 0.0, 2.0, 0.0]
+    assert runs[0].distance(runs[1]) == 0.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_on_a_gpu(case: dict, new_run: Callable) -> None:
+    """Real graphs, the fastest backend: the bits of the update without one."""
+    runs = []
+    for cuda_graph in (True, False):
+        config = {**case, "args": {**case["args"], "cuda_graph": cuda_graph}}
+        runs.append(new_run(FUSED, device="cuda", **config).learn(ITERATIONS))
+    assert runs[0].alg._captured.reason is None
+    assert runs[0].alg._captured.num_records == 1
+    assert runs[0].distance(runs[1]) == 0.0
+    assert runs[0].losses == runs[1].losses
