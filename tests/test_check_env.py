@@ -901,7 +901,7 @@ class ActorWithDropout(MLPModel):
 
 @pytest.mark.parametrize("rsl_rl", ["5.4.2", "5.5.1", "6.0.0"])
 def test_first_kl_of_a_moved_normalizer(rsl_rl, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("pyfast_ppo.check_env"), "version", lambda package: rsl_rl)
+    monkeypatch.setattr(importlib.import_module("pyfast_ppo._check_env.first_kl"), "version", lambda package: rsl_rl)
     cfg = config(class_name=MovesNormalizer)
     cfg["actor"]["obs_normalization"] = True
     finding = only(Wrapper(), cfg)
@@ -945,7 +945,7 @@ def test_large_observations_round_coarsely():
 
 def test_each_finding_is_a_row_of_the_page():
     root = Path(__file__).parents[1]
-    source = (root / "pyfast_ppo" / "check_env.py").read_text()
+    source = "".join(path.read_text() for path in (root / "pyfast_ppo" / "_check_env").glob("*.py"))
     names_in_source = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source))
     names_in_source |= {f"{name}-format" for name in ("rewards", "dones", "time-outs", "terminated")}
     rows = [line for line in (root / "docs" / "check_env.md").read_text().splitlines() if line.startswith("| `")]

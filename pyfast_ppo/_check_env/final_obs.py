@@ -1,0 +1,79 @@
+"""Findings about ``extras["final_obs"]``, the observations before the reset."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyfast_ppo._check_env.finding import Finding
+from pyfast_ppo._check_env.groups import Groups, copied, same_rows
+from pyfast_ppo._check_env.step import Step
+
+
+def no_final_obs(step: Step) -> Finding | None:
+    if step.extras.get("final_obs") is not None or not step.time_outs.any():
+        return None
+    return Finding(
+        "no-final-obs",
+        "episodes are cut off by time-outs, but extras['final_obs'], the observations before the reset, are missing:"
+        " the value of what would have come is then taken from the observation before, as rsl_rl does.",
+        "use the wrapper of pyfast_ppo.isaaclab or pyfast_ppo.mjlab, which hands them out; where episodes are long,"
+        " it hardly matters.",
+        is_note=True,
+    )
+
+
+class FinalObsWatch:
+    """Are final observations those before the reset?"""
+
+    def __init__(self) -> None:
+        self._misfit: str | None = None
+        self._previous: Groups = {}  # final observations of an earlier step
+        self._is_other: dict[tuple[str, str], bool] = {}  # group, which other observation: always the same so far
+        self._still: set[str] = set()  # groups that once stayed as they were in a running episode
+        self._ran = False
+
+    def see(self, step: Step) -> None:
+        running = ~step.dones
+        self._ran |= bool(running.any())
+        self._still |= {name for name, obs in step.obs.items() if (same_rows(obs, step.before[name]) & running).any()}
+        if (final_obs := step.extras.get("final_obs")) is None:
+            return
+        final = copied(final_obs)
+        ended = step.time_outs if "time_outs" in step.extras else step.dones
+        if ended.any():
+            self._compare(step, final, ended)
+        self._previous = final
+
+    def finding(self) -> Finding | None:
+        fault = self._fault()
+        return fault and Finding(
+            "wrong-final-obs",
+            f"extras['final_obs']{fault}",
+            "hand out a clone of the observations of all groups, computed after the physics and before the reset; the"
+            " wrappers of pyfast_ppo.isaaclab and pyfast_ppo.mjlab do so.",
+        )
+
+    def _compare(self, step: Step, final: Groups, ended: Tensor) -> None:
+        for name, obs in step.obs.items():
+            if name not in final or final[name].shape != obs.shape:
+                seen = tuple(final[name].shape) if name in final else "missing"
+                self._misfit = f"{name!r} is {seen}, not {tuple(obs.shape)}"
+                return
+            others = {
+                "the first observation of the next episode": obs,
+                "the observation before the last step": step.before[name],
+                "that of an earlier step": self._previous.get(name),
+            }
+            for which, other in others.items():
+                if other is not None and other.shape == obs.shape:
+                    is_other = bool((same_rows(final[name], other) | ~ended).all())
+                    self._is_other[name, which] = self._is_other.get((name, which), True) and is_other
+
+    def _fault(self) -> str | None:
+        if self._misfit is not None:
+            return f" does not fit: {self._misfit}."
+        for (name, which), is_other in self._is_other.items():
+            # A group that also stays the same while an episode runs (a command) says nothing
+            if is_other and self._ran and name not in self._still:
+                return f"[{name!r}] is {which}: a time-out then takes its value from the wrong state."
+        return None
