@@ -46,16 +46,21 @@ class TrainRunner(OnPolicyRunner):
         """Mean over the last 100 episodes; None before one has ended."""
         return _mean(self.logger.lenbuffer)
 
-    def learn_until(self, iterations: int, on_iteration: Callable[..., None]) -> None:
+    def learn_until(
+        self, iterations: int, on_iteration: Callable[..., None], random_first_lengths: bool = False
+    ) -> None:
         """Train until the run has had so many iterations; checkpoints every ``save_interval`` and at the end.
 
         Args:
             iterations: Iterations of the whole run, counting those before a resume.
+            random_first_lengths: Environments begin at random times within an episode, so that they do not all end
+                together. Not of a run that goes on.
             on_iteration: Called after each iteration with the keyword arguments of ``Logger.log``. May raise.
         """
         self._on_iteration = on_iteration
         with _swallow_prints():
-            self.learn(iterations - self.current_learning_iteration)
+            done = self.current_learning_iteration
+            self.learn(iterations - done, init_at_random_ep_len=random_first_lengths and done == 0)
 
     def save(self, path: str, infos: dict | None = None) -> None:
         """Save a checkpoint that stock rsl_rl can load, too; the file is there as a whole or not at all."""

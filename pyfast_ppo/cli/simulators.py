@@ -36,6 +36,7 @@ def make_simulated(task: str, num_envs: int, device: str, seed: int) -> tuple[Ve
         raise UserError(
             f"--task {task} needs Isaac Lab or mjlab, and neither is installed; --env takes Gymnasium's ids."
         )
+    _quieten_warp()
     reasons = []
     for package in packages:
         try:
@@ -43,3 +44,9 @@ def make_simulated(task: str, num_envs: int, device: str, seed: int) -> tuple[Ve
         except (ImportError, LookupError, ValueError) as error:
             reasons.append(str(error))
     raise UserError(f"--task {task} cannot be made: {'; '.join(reasons)}")
+
+
+def _quieten_warp() -> None:
+    """No line for each kernel that Warp loads: there are hundreds."""
+    if importlib.util.find_spec("warp") is not None:
+        importlib.import_module("warp").config.quiet = True

@@ -20,6 +20,9 @@ class Task:
     threshold: float | None  # mean reward from which on it counts as solved
     reseed: Callable[[int], object]  # begins anew with other random numbers
     divergence: tuple[type[Exception], ...]  # what its environment raises when the policy has diverged
+    random_first_lengths: (
+        bool  # episodes of the first iterations end at different times, as simulators' scripts have it
+    )
 
     def close(self) -> None:
         """Close the environments."""
@@ -36,11 +39,11 @@ def make_task(settings: Settings) -> Task:
         env, config = make_simulated(settings.env, settings.num_envs, settings.device, settings.seed)
         config["algorithm"]["class_name"] = ALGORITHMS[settings.algorithm]
         config["logger"] = "tensorboard"  # the command leaves its files in the run's directory, and only there
-        return Task(env, config, None, lambda seed: env.reset(), ())
+        return Task(env, config, None, lambda seed: env.reset(), (), True)
     from pyfast_ppo.cli.environment import make_env, vector_groups
     from pyfast_ppo.gymnasium import NonFiniteActionError
 
     env = make_env(settings)
     config = train_config(settings, vector_groups(env))
     threshold = env.env.spec.reward_threshold
-    return Task(env, config, threshold, lambda seed: env.reset(seed=seed), (NonFiniteActionError,))
+    return Task(env, config, threshold, lambda seed: env.reset(seed=seed), (NonFiniteActionError,), False)

@@ -70,7 +70,7 @@ def _train(settings: Settings, task: Task, run_dir: Path, checkpoint: Path | Non
     with StopRequest() as stop:
         observer = _IterationObserver(settings, steps_per_iteration, runner, history, stop, console, started)
         try:
-            runner.learn_until(settings.iterations, observer)
+            runner.learn_until(settings.iterations, observer, task.random_first_lengths)
         except _Stopped:
             stopped = True
             runner.save(str(_last_checkpoint(runner, run_dir)))

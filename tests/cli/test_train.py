@@ -144,7 +144,7 @@ def test_resume_starts_from_the_saved_state(train, tmp_path, monkeypatch):
     saved = torch.load(tmp_path / "model_1.pt", weights_only=True)
     seen = {}
 
-    def learn_until(runner, iterations, on_iteration):
+    def learn_until(runner, iterations, on_iteration, random_first_lengths):
         seen["weights"] = {key: value.clone() for key, value in runner.alg.actor.state_dict().items()}
         seen["learning_rate"] = float(runner.alg.learning_rate)
         seen["optimizer_steps"] = float(runner.alg.optimizer.state_dict()["state"][0]["step"])

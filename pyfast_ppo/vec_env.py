@@ -1,0 +1,246 @@
+"""What the wrappers of simulators share: the clip of actions, observation spaces, checks of ``obs_groups``.
+
+``E`` environments, ``A`` action dimensions. Nothing here starts a simulator, and Gymnasium is imported only where a
+space is built: mjlab has spaces of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import gymnasium
+    from tensordict import TensorDict
+
+Bounds = tuple[Tensor, Tensor]
+"""Lowest and highest action that is executed, float32 ``[A]`` each."""
+
+Limit = float | Sequence[float] | np.ndarray | Tensor
+"""One number for all joints, or one per joint ``[A]``."""
+
+ClipActions = float | tuple[Limit, Limit] | None
+"""``None``: no clip; ``c``: to [-c, c]; ``(low, high)``: each one number or one per joint."""
+
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+def action_bounds(space: Any, clip_actions: ClipActions, device: torch.device | str = "cpu") -> Bounds | None:
+    """The range that actions are clipped to on their way into the environment.
+
+    It is the intersection of ``clip_actions`` and the declared space: a clip never widens what the environment allows.
+
+    Args:
+        space: The action space of one environment: a float ``Box`` of Gymnasium or mjlab with A elements.
+        clip_actions: ``None``: no clip. A number c: [-c, c]. A pair (low, high): each a number or one per joint
+            (sequence, array or tensor of length A); infinite where a side has no limit.
+        device: Where the bounds live.
+
+    Returns:
+        (low, high), float32 ``[A]``; None without a clip.
+
+    Raises:
+        TypeError: ``space`` is not a float Box, or ``clip_actions`` neither a number nor a pair of them.
+        ValueError: ``clip_actions`` has the wrong length, is NaN, has a low above its high, or does not meet the space.
+    """
+    declared_low, declared_high = _declared_range(space)  # float64 [A]
+    if clip_actions is None:
+        return None
+    low, high = clip_range(clip_actions, len(declared_low))  # float64 [A]
+    low, high = np.maximum(low, declared_low), np.minimum(high, declared_high)
+    if (low > high).any():
+        joint = int(np.argmax(low > high))
+        raise ValueError(
+            f"clip_actions={_shown(clip_actions)} does not meet the declared action space"
+            f" [{declared_low[joint]:g}, {declared_high[joint]:g}] of joint {joint}; choose a range that overlaps it."
+        )
+    return _to_tensor(low, device), _to_tensor(high, device)
+
+
+def clip_range(
+    clip_actions: float | tuple[Limit, Limit], num_actions: int, name: str = "clip_actions"
+) -> tuple[np.ndarray, np.ndarray]:
+    """A clip as (low, high), float64 ``[A]`` each.
+
+    Args:
+        clip_actions: As in :func:`action_bounds`, but not None.
+        num_actions: Number of action dimensions, A.
+        name: What an error calls the argument.
+
+    Raises:
+        TypeError, ValueError: As in :func:`action_bounds`.
+    """
+    if _is_number(clip_actions):
+        value = float(clip_actions)
+        if value < 0.0:
+            raise ValueError(f"{name} must not be negative, got {value:g}: it stands for [-c, c].")
+        sides = (-value, value)
+    elif isinstance(clip_actions, Sequence | np.ndarray | Tensor) and not isinstance(clip_actions, str):
+        sides = tuple(clip_actions)
+        if len(sides) != 2:
+            raise ValueError(
+                f"{name} must be a number or a pair (low, high), got {len(sides)} entries; for one range per joint"
+                " give (lows, highs)."
+            )
+    else:
+        raise TypeError(f"{name} must be a number or a pair (low, high), got {type(clip_actions).__name__}.")
+    low, high = (_limit(side, f"{name}: {end}", num_actions) for side, end in zip(sides, ("low", "high"), strict=True))
+    if (low > high).any():
+        joint = int(np.argmax(low > high))
+        raise ValueError(
+            f"{name} has a low above its high at joint {joint}: {low[joint]:g} > {high[joint]:g}; the pair is"
+            " (low, high)."
+        )
+    return low, high
+
+
+def clip(actions: Tensor, bounds: Bounds) -> Tensor:
+    """A clipped copy of ``actions``, ``[E, A]``, of the same dtype. ``bounds`` come from :func:`action_bounds`."""
+    low, high = bounds
+    if actions.dim() != 2 or actions.shape[1] != len(low):  # bounds would broadcast [E, 1] to [E, A] without a word
+        raise ValueError(f"actions must have the shape [E, {len(low)}], but have {list(actions.shape)}.")
+    return torch.clamp(actions, low.to(actions.dtype), high.to(actions.dtype))
+
+
+def clipped_action_space(space: gymnasium.spaces.Box, bounds: Bounds) -> gymnasium.spaces.Box:
+    """``space`` (a Box of Gymnasium, for one environment), cut to ``bounds``."""
+    from gymnasium.spaces import Box
+
+    low, high = (bound.cpu().numpy().reshape(space.shape).astype(space.dtype) for bound in bounds)
+    # rounding to float32 may have moved a bound out of a float64 space
+    return Box(np.maximum(low, space.low), np.minimum(high, space.high), dtype=space.dtype)
+
+
+def _declared_range(space: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action that the space allows, float64 ``[A]``."""
+    is_box = all(hasattr(space, name) for name in ("low", "high", "shape", "dtype"))
+    if not is_box or not np.issubdtype(np.dtype(space.dtype), np.floating):
+        raise TypeError(
+            f"the action space is {space}, but PPO acts with real numbers: declare a Box of a float dtype, and turn"
+            " the numbers into the environment's own actions inside of it."
+        )
+    shape = tuple(space.shape)
+    low, high = (np.broadcast_to(np.asarray(side, np.float64), shape).reshape(-1) for side in (space.low, space.high))
+    return low, high
+
+
+def _limit(side: Any, name: str, num_actions: int) -> np.ndarray:
+    """One side of the clip, float64 ``[A]``."""
+    try:
+        values = np.asarray(side.detach().cpu() if isinstance(side, Tensor) else side, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or one per joint, got {side!r}.") from None
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != num_actions):
+        raise ValueError(
+            f"{name} must be one number or {num_actions}, one per joint, but has the shape {list(values.shape)}."
+        )
+    if np.isnan(values).any():
+        raise ValueError(f"{name} is NaN; use an infinite number where there is no limit.")
+    return np.broadcast_to(values, (num_actions,))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim == 0
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _to_tensor(values: np.ndarray, device: torch.device | str) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _shown(clip_actions: ClipActions) -> str:
+    """``clip_actions`` in an error: tensors as lists."""
+    if isinstance(clip_actions, Tensor | np.ndarray):
+        return str(clip_actions.tolist())
+    if isinstance(clip_actions, Sequence):
+        return f"({', '.join(_shown(side) for side in clip_actions)})"
+    return str(clip_actions)
+
+
+# --- observations -----------------------------------------------------------------------------------------------------
+
+
+def single_observation_space(
+    obs: TensorDict | Mapping[str, Any], declared: gymnasium.Space | None = None
+) -> gymnasium.spaces.Dict:
+    """The space of one environment that matches observations as they were returned.
+
+    Args:
+        obs: Groups ``[E, ...]``; a group may be a dict of tensors again.
+        declared: The space that the environment declares for one environment. A group keeps its space from here, with
+            its bounds, where shape and dtype agree.
+    """
+    from gymnasium.spaces import Dict
+
+    known = declared.spaces if isinstance(declared, Dict) else {}
+    return Dict({name: _group_space(group, known.get(name)) for name, group in obs.items()})
+
+
+def observation_spaces(
+    obs: TensorDict | Mapping[str, Any], declared: gymnasium.Space | None = None
+) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Dict]:
+    """The space of one environment, as :func:`single_observation_space` returns it, and that of all E together."""
+    from gymnasium.vector.utils import batch_space
+
+    return (single := single_observation_space(obs, declared)), batch_space(single, next(_leaves(obs)).shape[0])
+
+
+def check_obs_groups(obs_groups: Mapping[str, Iterable[str]], obs: TensorDict | Mapping[str, Any]) -> None:
+    """Check that the groups which a runner config names are among those that the environment returns.
+
+    Args:
+        obs_groups: As in a runner config: ``{"actor": ["policy"], "critic": ["policy", "privileged"]}``.
+        obs: Observations of the environment.
+
+    Raises:
+        TypeError: ``obs_groups`` is not a mapping to lists of names.
+        ValueError: A group is not returned.
+    """
+    if not isinstance(obs_groups, Mapping):
+        raise TypeError(f"obs_groups must map a set to its groups, got {type(obs_groups).__name__}.")
+    available = list(obs.keys())
+    for obs_set, groups in obs_groups.items():
+        if isinstance(groups, str) or not isinstance(groups, Iterable):
+            raise TypeError(f"obs_groups[{obs_set!r}] must be a list of names, got {groups!r}.")
+        missing = [group for group in groups if group not in available]
+        if missing:
+            raise ValueError(
+                f"obs_groups[{obs_set!r}] names {', '.join(map(repr, missing))}, which the environment does not return;"
+                f" available: {', '.join(map(repr, available))}."
+            )
+
+
+def _group_space(group: Any, declared: Any) -> gymnasium.Space:
+    from gymnasium.spaces import Box
+
+    if not isinstance(group, Tensor):
+        return single_observation_space(group, declared)
+    shape, dtype = tuple(group.shape[1:]), _numpy_dtype(group.dtype)
+    if isinstance(declared, Box) and declared.shape == shape and declared.dtype == dtype:
+        return declared
+    if dtype == np.bool_:
+        low, high = 0, 1
+    elif np.issubdtype(dtype, np.integer):
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    else:
+        low, high = -np.inf, np.inf
+    return Box(low, high, shape, dtype)
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    # NumPy has no bfloat16
+    return np.dtype(np.float32) if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _leaves(obs: Any) -> Iterable[Tensor]:
+    for group in obs.values():
+        if isinstance(group, Tensor):
+            yield group
+        else:
+            yield from _leaves(group)
