@@ -24,13 +24,14 @@ export TRITON_DEFAULT_FP_FUSION=1 PYFAST_PPO_CUDA=on PYFAST_PPO_CUDA_ARCHS=${PYF
 step build 300 python3 -m pip install -q --no-build-isolation --no-deps .
 step doctor 60 python3 -m pyfast_ppo doctor
 step tests 400 python3 -m pytest -q --maxfail=20 tests/ops tests/triton_kernels -k "triton or cuda"
-step update 120 python3 -m pytest -q tests/rsl_rl/test_no_host_sync.py
+step update-tests 240 python3 -m pytest -q tests/rsl_rl/test_no_host_sync.py tests/rsl_rl/test_captured.py
 for tool in memcheck racecheck initcheck; do
   step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
 done
 step loss 240 python3 bench/bench_loss.py --device cuda --rounds 20 --save "$(basename "$results")"
 step launch 60 python3 bench/bench_launch.py --device cuda --save "$(basename "$results")"
 step kl 60 python3 bench/bench_kl.py --device cuda --save "$(basename "$results")"
+step update 400 python3 bench/bench_update.py --device cuda --save "$(basename "$results")"
 step gae 120 python3 bench/bench_gae.py --device cuda --save "$(basename "$results")"
 
 printf '\n=== done (%d s): %s\n' "$SECONDS" "$results"

@@ -15,6 +15,8 @@ from rsl_rl.runners import OnPolicyRunner
 
 from pyfast_ppo.cli import files
 from pyfast_ppo.cli.errors import UserError
+from pyfast_ppo.rsl_rl.export import export_policy_to_jit
+from pyfast_ppo.vec_env import clip
 
 _KEYS = ("actor_state_dict", "critic_state_dict", "optimizer_state_dict", "iter")
 
@@ -102,15 +104,19 @@ class TrainRunner(OnPolicyRunner):
     def export_policy(self, path: Path) -> None:
         """Export the deterministic policy as TorchScript and see that the file gives the policy's actions.
 
-        It takes the observation groups side by side, ``[E, d]``, and returns the actions before clipping, ``[E, A]``.
+        It takes the observation groups side by side, ``[E, d]``, and returns actions, ``[E, A]``, clipped if the wrapper
+        of a simulator clips them.
         """
         temporary = path.with_name(f".{path.name}.tmp")
         try:
-            self.export_policy_to_jit(str(temporary.parent), temporary.name)
+            export_policy_to_jit(self, temporary.parent, temporary.name)
             policy = self.get_inference_policy(self.device)
             obs = self.env.get_observations().to(self.device)
             with torch.inference_mode():
-                expected = policy(obs).cpu()
+                expected = policy(obs)
+                if getattr(self.env, "action_bounds", None) is not None:
+                    expected = clip(expected, self.env.action_bounds)
+                expected = expected.cpu()
                 inputs = torch.cat([obs[group] for group in policy.obs_groups], dim=-1).cpu()
                 torch.testing.assert_close(torch.jit.load(str(temporary))(inputs), expected)
             temporary.replace(path)

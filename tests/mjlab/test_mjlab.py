@@ -194,3 +194,13 @@ def test_a_velocity_task_with_its_own_runner(mjlab):
     assert run["finite"]
     assert run["files"] == ["model_0.pt", "model_2.pt"]
     assert run["exported"]
+
+
+def test_the_train_command(mjlab):
+    """pyfast-ppo train --task, from mjlab's registry to policy and picture."""
+    result = mjlab.run("../../train_command.py", CARTPOLE)
+    assert result["codes"] == [0]
+    assert result["algorithm"] == "pyfast_ppo.rsl_rl:FusedPPO"
+    assert {"model_1.pt", "policy.pt", "learning_curve.png", "progress.csv"} <= set(result["files"])
+    assert len(result["kl"]) == 2 and result["kl"][1] > 0.0
+    assert result["says"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -55,16 +56,21 @@ def build() -> Path:
     contents = hashlib.sha256(b"".join(p.read_bytes() for p in files) + repr((sys.version, FLAGS, COMPILER)).encode())
     folder = ROOT / "build" / "cuda_on_cpu" / contents.hexdigest()[:16]
     target = folder / f"cuda_on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if target.exists():
-        return target
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # several processes may run tests
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            compile_all(folder, target)
+    return target
+
+
+def compile_all(folder: Path, target: Path) -> None:
     objects = [folder / f"{source.name}.o" for source in SOURCES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, SOURCES, objects))
     unfinished = target.with_suffix(f".{os.getpid()}")
     run([*COMPILER, "-shared", *objects, "-o", unfinished])
     unfinished.replace(target)
-    return target
 
 
 def compile_one(source: Path, target: Path) -> None:
