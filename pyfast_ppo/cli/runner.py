@@ -104,8 +104,8 @@ class TrainRunner(OnPolicyRunner):
     def export_policy(self, path: Path) -> None:
         """Export the deterministic policy as TorchScript and see that the file gives the policy's actions.
 
-        It takes the observation groups side by side, ``[E, d]``, and returns actions, ``[E, A]``, clipped if the wrapper
-        of a simulator clips them.
+        It takes the observation groups side by side, ``[E, d]``, and returns actions, ``[E, A]``; clipped, if the
+        wrapper of a simulator clips them.
         """
         temporary = path.with_name(f".{path.name}.tmp")
         try:

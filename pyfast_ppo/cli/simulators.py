@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING
@@ -48,5 +49,5 @@ def make_simulated(task: str, num_envs: int, device: str, seed: int) -> tuple[Ve
 
 def _quieten_warp() -> None:
     """No line for each kernel that Warp loads: there are hundreds."""
-    if importlib.util.find_spec("warp") is not None:
+    with contextlib.suppress(ImportError):
         importlib.import_module("warp").config.quiet = True

@@ -14,7 +14,7 @@ from ppo_loss_oracle import make_inputs
 
 from pyfast_ppo import gae, gaussian_kl, ppo_loss_and_grad
 from pyfast_ppo.backends import cuda as backend
-from pyfast_ppo.cli import doctor
+from pyfast_ppo.cli.main import main
 
 emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="the emulation stands in where there is no GPU")
 
@@ -58,7 +58,7 @@ def test_reason_of_a_build_without_cuda(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(backend, "_C", SimpleNamespace(cuda_note="built with PYFAST_PPO_CUDA=off"))
     monkeypatch.setattr(backend, "_cuda", None)
     monkeypatch.setattr(backend, "unavailable_reason", cuda_on_cpu.ORIGINAL["unavailable_reason"].__wrapped__)
-    doctor.run(SimpleNamespace())
+    main(["doctor"])
     assert "cuda    unavailable built with PYFAST_PPO_CUDA=off\n" in capsys.readouterr().out
     x = torch.ones(3, 2)
     monkeypatch.setattr("pyfast_ppo.backends._selected", {})
