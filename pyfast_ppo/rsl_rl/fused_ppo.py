@@ -30,6 +30,7 @@ from pyfast_ppo.rsl_rl.policy import (
     gathered,
     reason_not_fused,
     row_behind,
+    rows_of,
     sample_without_waiting,
     std_is_parameter,
     store_std_once,
@@ -54,6 +55,7 @@ KL_RULES = {"rsl_rl": RslRlSchedule, "rsl_rl_4": RslRlScheduleBefore5, "proporti
 BOOTSTRAPS = ("final_obs", "rsl_rl")
 NONFINITE = ("skip", "raise", "ignore")
 _CHECKPOINT_KEY = "pyfast_ppo"
+_PIECE_ROWS = 4096  # 2 MB of activations a layer of 128 units
 
 
 class FusedPPO(PPO):
@@ -411,6 +413,34 @@ class FusedPPO(PPO):
 
     def _step(self, batch: RolloutStorage.Batch, run: _Run) -> None:
         """One step of the optimizer."""
+        self.optimizer.zero_grad()
+        if self.rnd:
+            self.rnd.optimizer.zero_grad()
+        num_rows = batch.observations.batch_size[0]
+        rows = []
+        for piece in self._pieces(batch):
+            share = piece.observations.batch_size[0] / num_rows
+            row = self._backward(piece, share, run.kl_coef)
+            rows.append(row if share == 1.0 else row * share)
+        rule_kl, *_ = metrics = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
+        run.metrics.append(metrics[1:])
+        self._react(run, metrics[1 + self._metric_names().index("kl")], rule_kl)
+        self._apply(run)
+
+    def _pieces(self, batch: RolloutStorage.Batch) -> list[RolloutStorage.Batch]:
+        """The mini-batch, on the CPU in parts whose activations stay in the caches; their gradients add up."""
+        num_rows = batch.observations.batch_size[0]
+        whole = batch.masks is not None or self.symmetry or self.rnd or self.actor is not self._raw_actor
+        if whole or torch.device(self.device).type != "cpu" or num_rows < 2 * _PIECE_ROWS:
+            return [batch]
+        return [rows_of(batch, slice(first, first + _PIECE_ROWS)) for first in range(0, num_rows, _PIECE_ROWS)]
+
+    def _backward(self, batch: RolloutStorage.Batch, share: float, kl_coef: float | Tensor) -> Tensor:
+        """Forward and backward of a mini-batch, or of a piece of one that has this share of its rows.
+
+        Gradients are added to those that there are. Returns the KL for the rule of the learning rate, and the entries
+        of ``loss_dict``, in the order of ``_metric_names``.
+        """
         original_batch_size = batch.observations.batch_size[0]
         augmented = self.symmetry is not None and self.symmetry.use_data_augmentation
         if self.symmetry:
@@ -452,36 +482,67 @@ class FusedPPO(PPO):
             value_loss_coef=self.value_loss_coef,
             entropy_coef=self.entropy_coef,
             use_clipped_value_loss=self.use_clipped_value_loss,
-            kl_coef=run.kl_coef,
+            kl_coef=kl_coef,
             kl_direction=self.kl_direction,
             num_original=num_original,
             backend=self.backend,
         )
 
-        new_std = std.detach() if std.dim() == 1 else std[:num_original].detach()
-        self._react(out, run, (old_mean, old_std, mean[:num_original].detach(), new_std))
-        self._backward([mean, std, values], list(grads), symmetry_loss, rnd_loss, run)
-        run.metrics.append(self._metrics(out, rnd_loss, symmetry_loss))
+        outputs, grads = [mean, std, values], [grad if share == 1.0 else grad * share for grad in grads]
+        if symmetry_loss is not None and self.symmetry.use_mirror_loss:
+            mirror_loss = self.symmetry.mirror_loss_coeff * symmetry_loss
+            outputs.append(mirror_loss)
+            grads.append(torch.ones_like(mirror_loss))
+        pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+        if self.rnd:
+            rnd_loss.backward()
 
-    def _react(self, out: PPOLossOutput, run: _Run, policies: tuple[Tensor, ...]) -> None:
-        """To the KL of this mini-batch, before its step. ``policies``: means and stds, old and new."""
+        new_std = std.detach() if std.dim() == 1 else std[:num_original].detach()
+        rule_kl = self._rule_kl(out, (old_mean, old_std, mean[:num_original].detach(), new_std))
+        losses = [loss.detach().to(out.loss.dtype) for loss in (rnd_loss, symmetry_loss) if loss is not None]
+        row = [rule_kl, out.value_loss, out.surrogate, out.entropy, *losses]
+        return torch.stack([*row, out.kl, out.clip_fraction, out.approx_kl])
+
+    def _rule_kl(self, out: PPOLossOutput, policies: tuple[Tensor, ...]) -> Tensor:
+        """What the rule of the learning rate is fed with. ``policies``: means and stds, old and new."""
+        if self._adaptive and self.kl_rule == "rsl_rl_4":
+            return RslRlScheduleBefore5.kl(*policies).mean()
+        if self._adaptive and self.kl_direction == "new_old":
+            return gaussian_kl(*policies, backend=self.backend).mean()
+        return out.kl
+
+    def _react(self, run: _Run, kl: Tensor, rule_kl: Tensor) -> None:
+        """To the KL of this mini-batch, before its step."""
         if self._early_stop is not None:
-            run.stopped = self._early_stop.update(mean_over_ranks(out.kl, self._world_size), run.stopped)
+            run.stopped = self._early_stop.update(mean_over_ranks(kl, self._world_size), run.stopped)
             run.skipped.append(run.stopped)
         if self._adaptive:
-            if self.kl_rule == "rsl_rl_4":
-                kl = RslRlScheduleBefore5.kl(*policies).mean()
-            elif self.kl_direction == "old_new":
-                kl = out.kl
-            else:
-                kl = gaussian_kl(*policies, backend=self.backend).mean()
-            kl = mean_over_ranks(kl, self._world_size)
-            run.rule_kls.append(kl)
+            rule_kl = mean_over_ranks(rule_kl, self._world_size)
+            run.rule_kls.append(rule_kl)
             if self.kl_rule != "proportional":
-                step_taken = bool(run.metrics) or (kl > 0.0 if self.adapt_before_first_step else False)
-                rate = self._rule.update(kl, self._rate.value, step_taken)
+                step_taken = len(run.metrics) > 1 or (rule_kl > 0.0 if self.adapt_before_first_step else False)
+                rate = self._rule.update(rule_kl, self._rate.value, step_taken)
                 self._rate.set(self._lower_if_lost(rate, run))
             run.rates.append(self._rate.value)
+
+    def _apply(self, run: _Run) -> None:
+        """One step, with the gradients that there are."""
+        if self.is_multi_gpu:
+            self.reduce_parameters()
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.max_grad_norm) for m in (self.actor, self.critic)]
+        if self.nonfinite == "ignore":
+            self._rate.skip_if(run.stopped)
+        else:
+            lost = any_nonfinite(norms)
+            run.lost.append(lost)
+            self._rate.skip_if(lost if run.stopped is None else lost | run.stopped)
+        self._rate.step()
+        if self.rnd:
+            if self.nonfinite != "ignore":
+                gradients = [p.grad for p in self.rnd.predictor.parameters() if p.grad is not None]
+                self._rnd_rate.skip_if(any_nonfinite([nn.utils.get_total_norm(gradients)]))
+            self._rnd_rate.step()
 
     def _after_last_step(self, run: _Run) -> None:
         """What is decided once per update, from the KL of the last epoch."""
@@ -509,49 +570,8 @@ class FusedPPO(PPO):
         enabled = getattr(self, "use_mixed_precision", False)
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=enabled)
 
-    def _backward(
-        self,
-        outputs: list[Tensor],
-        grads: list[Tensor],
-        symmetry_loss: Tensor | None,
-        rnd_loss: Tensor | None,
-        run: _Run,
-    ) -> None:
-        """Backward through the networks, from the gradients of their outputs; then one step."""
-        if symmetry_loss is not None and self.symmetry.use_mirror_loss:
-            mirror_loss = self.symmetry.mirror_loss_coeff * symmetry_loss
-            outputs.append(mirror_loss)
-            grads.append(torch.ones_like(mirror_loss))
-        pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-        self.optimizer.zero_grad()
-        torch.autograd.backward(*zip(*pairs, strict=True))
-        if self.rnd:
-            self.rnd.optimizer.zero_grad()
-            rnd_loss.backward()
-        if self.is_multi_gpu:
-            self.reduce_parameters()
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.max_grad_norm) for m in (self.actor, self.critic)]
-        if self.nonfinite == "ignore":
-            self._rate.skip_if(run.stopped)
-        else:
-            lost = any_nonfinite(norms)
-            run.lost.append(lost)
-            self._rate.skip_if(lost if run.stopped is None else lost | run.stopped)
-        self._rate.step()
-        if self.rnd:
-            if self.nonfinite != "ignore":
-                gradients = [p.grad for p in self.rnd.predictor.parameters() if p.grad is not None]
-                self._rnd_rate.skip_if(any_nonfinite([nn.utils.get_total_norm(gradients)]))
-            self._rnd_rate.step()
-
     # --- metrics
     # ------------------------------------------------------------------------------------------------------------
-
-    def _metrics(self, out: PPOLossOutput, rnd_loss: Tensor | None, symmetry_loss: Tensor | None) -> Tensor:
-        """The mini-batch's entries of ``loss_dict``, in the order of ``_metric_names``."""
-        row = [out.value_loss, out.surrogate, out.entropy]
-        row += [loss.detach().to(out.loss.dtype) for loss in (rnd_loss, symmetry_loss) if loss is not None]
-        return torch.stack([*row, out.kl, out.clip_fraction, out.approx_kl])
 
     def _metric_names(self) -> list[str]:
         names = ["value", "surrogate", "entropy"]
@@ -615,7 +635,7 @@ class _Run:
 
     def __init__(self, kl_coef: float | Tensor) -> None:
         self.kl_coef = kl_coef
-        self.metrics: list[Tensor] = []  # rows of FusedPPO._metrics
+        self.metrics: list[Tensor] = []  # a row for each mini-batch, as FusedPPO._metric_names
         self.rule_kls: list[Tensor] = []  # what the rule for the learning rate was fed
         self.rates: list[Tensor] = []
         self.last_rate: Tensor | None = None

@@ -72,6 +72,20 @@ def gathered(storage: RolloutStorage, rows: Tensor) -> RolloutStorage.Batch:
     )
 
 
+def rows_of(batch: RolloutStorage.Batch, rows: slice) -> RolloutStorage.Batch:
+    """A part of a feed-forward mini-batch: views."""
+    old_mean, old_std = batch.old_distribution_params
+    return RolloutStorage.Batch(
+        observations=batch.observations[rows],
+        actions=batch.actions[rows],
+        values=batch.values[rows],
+        advantages=batch.advantages[rows],
+        returns=batch.returns[rows],
+        old_actions_log_prob=batch.old_actions_log_prob[rows],
+        old_distribution_params=(old_mean[rows], old_std[rows]),
+    )
+
+
 def first_row(t: Tensor) -> Tensor:
     """[..., A] -> [A]."""
     return t[(0,) * (t.dim() - 1)]

@@ -29,7 +29,7 @@ def test_diagnostics_of_an_update(new_run: Callable) -> None:
     run = new_run(FUSED, args={**SPLIT, "schedule": "adaptive", "desired_kl": 0.01, "learning_rate": 3e-3})
     kls = []
     react = run.alg._react
-    run.alg._react = lambda out, *rest: (kls.append(float(out.kl)), react(out, *rest))
+    run.alg._react = lambda update, kl, *rest: (kls.append(float(kl)), react(update, kl, *rest))
     run.learn(1)
     losses = run.losses[0]
     assert len(kls) == STEPS
@@ -87,7 +87,7 @@ def test_the_proportional_rule_acts_once_per_update(new_run: Callable) -> None:
     run = new_run(FUSED, args=args)
     kls = []
     react = run.alg._react
-    run.alg._react = lambda out, *rest: (kls.append(out.kl), react(out, *rest))
+    run.alg._react = lambda update, kl, *rest: (kls.append(kl), react(update, kl, *rest))
     run.learn(2)
     first, second = run.rates[:STEPS], run.rates[STEPS:]
     assert {float(rate) for rate in first} == {1e-3}
@@ -153,7 +153,7 @@ def test_the_penalty_follows_the_kl(new_run: Callable) -> None:
     run = new_run(FUSED, args=args)
     kls = []
     react = run.alg._react
-    run.alg._react = lambda out, *rest: (kls.append(out.kl), react(out, *rest))
+    run.alg._react = lambda update, kl, *rest: (kls.append(kl), react(update, kl, *rest))
     run.learn(3)
     coef, rule = torch.tensor(0.5), AdaptivePenalty(1e-4)
     for i, losses in enumerate(run.losses):
@@ -188,15 +188,15 @@ def test_the_penalty_is_in_the_checkpoint(new_run: Callable, tmp_path) -> None:
 def test_numbers_again_after_an_update_that_failed(new_run: Callable) -> None:
     """Ctrl-C in the middle: what is saved then has a number as its learning rate."""
     run = new_run(FUSED, args={**SPLIT, "schedule": "adaptive"}).rollout()
-    backward, calls = run.alg._backward, []
+    apply, calls = run.alg._apply, []
 
     def interrupted(*args) -> None:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        backward(*args)
+        apply(*args)
 
-    run.alg._backward = interrupted
+    run.alg._apply = interrupted
     with pytest.raises(KeyboardInterrupt):
         run.alg.update()
     assert type(run.alg.learning_rate) is float

@@ -41,13 +41,13 @@ def test_a_step_with_such_gradients_is_not_taken(new_run: Callable, optimizer: s
     run = new_run(FUSED, args=args).rollout()
     run.alg.storage.returns[2, 5] = value
     seen = [parameters(run.alg)]
-    backward = run.alg._backward
+    apply = run.alg._apply
 
     def recorded(*args: object) -> None:
-        backward(*args)
+        apply(*args)
         seen.append(parameters(run.alg))
 
-    run.alg._backward = recorded
+    run.alg._apply = recorded
     losses = run.alg.update()
     assert losses["nonfinite_steps"] == 3  # once in each epoch
     unchanged = [all(map(torch.equal, a, b)) for a, b in pairwise(seen)]
