@@ -23,11 +23,12 @@ class FinalValues:
         self._critic = critic
         self._groups = groups
         self._at_once = at_once
+        self.only_time_outs = values.device.type == "cpu"  # nobody waits for a count of rows there
         with torch.inference_mode(False):  # written to in and outside of inference mode
             self._values = torch.zeros_like(values)  # [T, E, 1]
             self._time_outs = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)  # [T, E]
         self._obs: TensorDict | None = None  # [T, E]
-        self._any = False
+        self.any_recorded = False  # since the rollout began
 
     def record(self, step: int, final_obs: Mapping[str, Tensor], time_outs: Tensor) -> None:
         """The observations before the resets of one step, groups [E, ...], and which of them followed a time-out, [E].
@@ -42,7 +43,7 @@ class FinalValues:
             )
         device = self._values.device
         obs = TensorDict({name: final_obs[name] for name in self._groups}, batch_size=time_outs.shape).to(device)
-        self._any = True
+        self.any_recorded = True
         self._time_outs[step] = time_outs.to(device)
         if self._at_once:
             if self._obs is None:
@@ -57,13 +58,13 @@ class FinalValues:
 
     def collect(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """(time-outs [T, E], values [T, E, 1], meaningful there); (None, None) if no step was recorded."""
-        if not self._any:
+        if not self.any_recorded:
             return None, None
         if self._obs is not None:
             obs = self._obs.flatten(0, 1)
             values = self._values.flatten(0, 1)  # a view
             with torch.no_grad():
-                if obs.device.type == "cpu":  # nobody waits for a count of rows there
+                if self.only_time_outs:
                     rows = self._time_outs.flatten().nonzero().squeeze(-1)
                     if len(rows) > 0:
                         values[rows] = self._critic(obs[rows])
@@ -71,8 +72,12 @@ class FinalValues:
                     values.copy_(self._critic(obs))
         return self._time_outs, self._values
 
+    def memory(self) -> list[Tensor]:
+        """What ``collect`` reads, and writes to."""
+        return [self._values, self._time_outs, *([] if self._obs is None else self._obs.values())]
+
     def clear(self) -> None:
         """For the next rollout."""
-        if self._any:
+        if self.any_recorded:
             self._time_outs.zero_()
-            self._any = False
+            self.any_recorded = False

@@ -17,11 +17,14 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from pyfast_ppo import backends
+from pyfast_ppo.ops._arguments import is_shared_row
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, PPOLossOutput, ppo_loss_and_grad
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
-from pyfast_ppo.rsl_rl.captured import Captured
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes
+from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
+from pyfast_ppo.rsl_rl.metrics import Run
 from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, first_nonfinite, statistics_in_place
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.policy import (
@@ -35,14 +38,8 @@ from pyfast_ppo.rsl_rl.policy import (
     std_is_parameter,
     store_std_once,
 )
-from pyfast_ppo.rsl_rl.ranks import mean_over_ranks, standardized_over_ranks
-from pyfast_ppo.schedules import (
-    AdaptivePenalty,
-    EarlyStop,
-    ProportionalSchedule,
-    RslRlSchedule,
-    RslRlScheduleBefore5,
-)
+from pyfast_ppo.rsl_rl.ranks import standardized_over_ranks
+from pyfast_ppo.schedules import RslRlScheduleBefore5
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +47,6 @@ logger = logging.getLogger(__name__)
 # environment
 _NORMALIZES_IN_UPDATE = tuple(int(part) for part in version("rsl-rl-lib").split(".")[:2]) >= (5, 5)
 
-
-KL_RULES = {"rsl_rl": RslRlSchedule, "rsl_rl_4": RslRlScheduleBefore5, "proportional": ProportionalSchedule}
 BOOTSTRAPS = ("final_obs", "rsl_rl")
 NONFINITE = ("skip", "raise", "ignore")
 _CHECKPOINT_KEY = "pyfast_ppo"
@@ -73,6 +68,8 @@ class FusedPPO(PPO):
       any step: more than rounding means that acting and updating see different policies), ``max_kl`` and ``last_kl``,
       ``approx_kl`` (k3), ``clip_fraction``, and under the adaptive schedule ``learning_rate_min`` and ``_max`` within
       the update.
+    - A step whose gradients are not finite is not taken, and is counted in ``loss_dict["nonfinite_steps"]``; an update
+      in which no step could be taken raises ``NonFiniteError`` (see ``nonfinite``).
     - The adaptive learning rate is decided on the device, without a host sync; Adam, AdamW and SGD take their fused
       step for it.
     - The adaptive learning rate leaves out the mini-batch before the first step. rsl_rl does so only where rounding
@@ -128,10 +125,10 @@ class FusedPPO(PPO):
                 whose mini-batches are not drawn.
             global_advantage_statistics: With several processes, normalise advantages by the mean and std over all of
                 them; PPO does it in each process by itself.
-            cuda_graph: Record the update as a CUDA graph and replay it, with one launch in place of thousands. For
-                feed-forward models on one GPU; what cannot be recorded runs without, and the log says why. Recorded
-                anew when a shape, an address or a number that it freezes changes. Not yet measured on a GPU, hence not
-                the default.
+            cuda_graph: Record acting, the returns and the update as CUDA graphs and replay them, each with one launch
+                in place of up to thousands. For feed-forward models; what cannot be recorded runs without, and the log
+                says why. Recorded anew when a shape, an address or a number that they freeze changes. Not yet measured
+                on a GPU, hence not the default.
             keep_random_stream: Draw the unused actions, so that random numbers come in the same order as in PPO: only
                 for comparisons, number by number.
             adapt_before_first_step: Let the adaptive learning rate act on the first mini-batch, too, if its KL is not
@@ -184,6 +181,7 @@ class FusedPPO(PPO):
         self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
 
         self._sampling = nullcontext
+        self._captured_rollout: Captured[None] | None = None
         self._std_is_parameter = False
         self._stock_reason = reason_not_fused(self._raw_actor)
         if self._stock_reason is not None:
@@ -200,37 +198,72 @@ class FusedPPO(PPO):
         )
         if type(distribution).sample is GaussianDistribution.sample:
             self._sampling = SampleInstead(distribution, lambda: sample_without_waiting(distribution))
-        self._adaptive = self.desired_kl is not None and self.schedule == "adaptive"
-        self._rule = KL_RULES[kl_rule](self.desired_kl) if self._adaptive else None
-        self._penalty = None if kl_target is None else AdaptivePenalty(kl_target)
-        self._early_stop = None if early_stop_kl is None else EarlyStop(early_stop_kl)
         self._rate = DeviceRate(self.optimizer)
         self._rnd_rate = DeviceRate(self.rnd.optimizer) if self.rnd else None
+        self._kl_control = KLControl(
+            self._rate,
+            self.desired_kl if self.schedule == "adaptive" else None,
+            kl_rule,
+            kl_target,
+            early_stop_kl,
+            adapt_before_first_step,
+            self._world_size,
+        )
         self._penalty_coef: Tensor | None = None  # the memory of kl_coef on the device, if it adapts
         self._rows: Tensor | None = None  # the order of the rollout's rows in each epoch, or in all
-        self._captured = Captured[_Run]() if cuda_graph else None
-        if cuda_graph and (reason := self._reason_not_captured()):
-            self._captured.give_up(reason)
-        if self._early_stop is not None and not self._rate.can_skip:
-            raise ValueError(
-                f"early_stop_kl needs an optimizer that can skip a step on the device: adam, adamw or sgd, not "
-                f"{type(self.optimizer).__name__}"
-            )
+        self._last_obs: TensorDict | None = None  # the memory of what the rollout ended with, for a graph
+        self._rollout_key: tuple = ()
+        self._captured = Captured[Run]("The update") if cuda_graph else None
+        if cuda_graph:
+            reason = self._reason_rollout_not_captured()
+            if reason is None:
+                self._captured_rollout = Captured[None]("The rollout")
+            if reason := reason or self._reason_update_not_captured():
+                self._captured.give_up(reason)
 
     # --- rollout
     # ------------------------------------------------------------------------------------------------------------
 
     def act(self, obs: TensorDict) -> Tensor:
         """Sample actions and store transition data."""
+        st = self.storage
+        if st.step >= st.num_transitions_per_env:
+            return self._act(obs)
+        # kept now: an environment may write into its observations while it steps
+        kept = st.observations[st.step]
+        kept.copy_(obs)
+        if self._captured_rollout is None or st.distribution_params is None:  # which the first rollout makes
+            actions = self._act(obs)
+        else:
+            if st.step == 0:
+                self._rollout_key = self._key_of_rollout()
+            self._captured_rollout.run(lambda: self._act_into_storage(kept), lambda: self._rollout_key, slot=st.step)
+            actions = st.actions[st.step].clone()  # an environment may write into these, too
+            self.transition.hidden_states = (None, None)
+            self.transition.actions = st.actions[st.step]
+            self.transition.values = st.values[st.step]
+            self.transition.actions_log_prob = st.actions_log_prob[st.step]
+            self.transition.distribution_params = tuple(params[st.step] for params in st.distribution_params)
+        self.transition.observations = kept
+        return actions
+
+    def _act(self, obs: TensorDict) -> Tensor:
         compiled = self.actor is not self._raw_actor  # then the compiler makes of the sampling what it can
         with nullcontext() if compiled else self._sampling():
-            actions = super().act(obs)
-        if self.storage.step < self.storage.num_transitions_per_env:
-            # kept now: an environment may write into its observations while it steps
-            kept = self.storage.observations[self.storage.step]
-            kept.copy_(obs)
-            self.transition.observations = kept
-        return actions
+            return super().act(obs)
+
+    def _act_into_storage(self, obs: TensorDict) -> None:
+        """Acts, and stores what that gives at the present step of the storage."""
+        self._act(obs)
+        st, acted = self.storage, self.transition
+        st.actions[st.step].copy_(acted.actions)
+        st.values[st.step].copy_(acted.values)
+        st.actions_log_prob[st.step].copy_(acted.actions_log_prob.view(-1, 1))
+        for place, params in zip(st.distribution_params, acted.distribution_params, strict=True):
+            if is_shared_row(place):
+                first_row(place).copy_(first_row(params))
+            else:
+                place[st.step].copy_(params)
 
     def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Tensor]) -> None:
         """Record one environment step."""
@@ -249,6 +282,18 @@ class FusedPPO(PPO):
 
     def compute_returns(self, obs: TensorDict) -> None:
         """Compute return and advantage targets from stored transitions."""
+        if self._captured_rollout is None:
+            self._returns(obs)
+        else:
+            if self._last_obs is None:
+                with torch.inference_mode(False):  # written to in and outside of inference mode
+                    self._last_obs = torch.zeros_like(obs)
+            self._last_obs.copy_(obs)
+            slot = "returns with final values" if self._final_values.any_recorded else "returns"
+            self._captured_rollout.run(lambda: self._returns(self._last_obs), self._key_of_rollout, slot=slot)
+        self._final_values.clear()
+
+    def _returns(self, obs: TensorDict) -> None:
         st = self.storage
         # Values of the last step; the forward pass must not move a recurrent critic on
         hidden_state = self.critic.get_hidden_state()
@@ -273,7 +318,26 @@ class FusedPPO(PPO):
         if normalize and over_ranks:
             advantages = standardized_over_ranks(advantages, self._world_size)
         st.advantages.copy_(advantages)
-        self._final_values.clear()
+
+    def _reason_rollout_not_captured(self) -> str | None:
+        """Why acting and returns cannot be CUDA graphs, as far as it can be told before it is tried."""
+        if torch.device(self.device).type != "cuda":
+            return f"the device is {self.device}"
+        if self.actor.is_recurrent or self.critic.is_recurrent:
+            return "recurrent models have states, and mini-batches of changing shapes"
+        normalized = self._raw_actor.obs_normalization or self._raw_critic.obs_normalization
+        if normalized and not _NORMALIZES_IN_UPDATE:
+            return "rsl_rl before 5.5 moves its normalizers to other memory in each rollout"
+        return None
+
+    def _key_of_rollout(self) -> tuple:
+        """What graphs of acting and of the returns freeze."""
+        st = self.storage
+        tensors = [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, st.rewards, st.dones]
+        tensors += [*st.observations.values(), *st.distribution_params, *self._final_values.memory()]
+        modules = [self.actor, self.critic]
+        numbers = (self.gamma, self.lam, self.normalize_advantage_per_mini_batch)
+        return addresses(modules, tensors), modes(modules), numbers, torch.get_float32_matmul_precision()
 
     # --- update
     # -------------------------------------------------------------------------------------------------------------
@@ -286,14 +350,15 @@ class FusedPPO(PPO):
         self._put_inputs_on_device()
         last_rate = None
         try:
-            run = self._steps() if self._captured is None else self._captured.run(self._steps, self._capture_key)
-            loss_dict = self._loss_dict(run)
+            run = self._steps() if self._captured is None else self._captured.run(self._steps, self._key_of_update)
+            loss_dict = run.read()
+            self.kl_coef = loss_dict.get("kl_coef", self.kl_coef)
             last_rate = loss_dict.pop("learning_rate", None)  # rsl_rl's logger has it from the algorithm
         finally:  # whatever happens, a checkpoint finds numbers
             self._rate.skip_if(None)
             if self._rnd_rate is not None:
                 self._rnd_rate.skip_if(None)
-            if self._adaptive:
+            if self._kl_control.adaptive:
                 self.learning_rate = self._rate.finish(last_rate)
         self._raise_if_lost(loss_dict)
         self._iteration += 1
@@ -311,9 +376,9 @@ class FusedPPO(PPO):
 
     def _put_inputs_on_device(self) -> None:
         """What changes from one update to the next, and is not in the storage: in memory that stays."""
-        if self._adaptive:
+        if self._kl_control.adaptive:
             self._rate.start(self.learning_rate)
-        if self._penalty is not None:  # filled in, not copied: a copy to a GPU would wait
+        if self._kl_control.penalty is not None:  # filled in, not copied: a copy to a GPU would wait
             if self._penalty_coef is None:
                 self._penalty_coef = torch.empty((), dtype=torch.float64, device=self.device)
             self._penalty_coef.fill_(self.kl_coef)
@@ -328,56 +393,41 @@ class FusedPPO(PPO):
             else:
                 self._rows.copy_(rows)
 
-    def _steps(self) -> _Run:
+    def _steps(self) -> Run:
         """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
-        run = _Run(self._penalty_coef if self._penalty is not None else self.kl_coef)
-        if self._adaptive:
-            self._rate.begin()
+        run = Run(self._metric_names(), self.kl_coef if self._penalty_coef is None else self._penalty_coef)
+        self._kl_control.begin()
         for batch in self._mini_batches():
             self._step(batch, run)
-        self._after_last_step(run)
+        self._kl_control.after_last_step(run, self.num_mini_batches)
         return run
 
-    def _reason_not_captured(self) -> str | None:
-        """Why the update cannot be a CUDA graph, as far as it can be told before it is tried."""
-        if torch.device(self.device).type != "cuda":
-            return f"the device is {self.device}"
-        if self.actor.is_recurrent or self.critic.is_recurrent:
-            return "recurrent models have mini-batches of changing shapes"
-        if self.is_multi_gpu:
-            return "several processes reduce their gradients within it"
+    def _reason_update_not_captured(self) -> str | None:
+        """Why the update cannot be a CUDA graph where the rollout can."""
         if self.keep_random_stream:
             return "keep_random_stream draws random numbers within it"
-        normalized = self._raw_actor.obs_normalization or self._raw_critic.obs_normalization
-        if normalized and not _NORMALIZES_IN_UPDATE:
-            return "rsl_rl before 5.5 moves its normalizers to other memory in each rollout"
         if not self._rate.on_device:
-            return f"{type(self.optimizer).__name__} reads its learning rate on the host"
+            return f"{self._rate.optimizer_name} reads its learning rate on the host"
         if not self._rate.can_skip and self.nonfinite != "ignore":
-            return f"{type(self.optimizer).__name__} has to be asked on the host whether it skips a step"
+            return f"{self._rate.optimizer_name} has to be asked on the host whether it skips a step"
         return None
 
-    def _capture_key(self) -> tuple:
+    def _key_of_update(self) -> tuple:
         """What a graph of ``_steps`` freezes: addresses, shapes, modes, and numbers on the host."""
         st = self.storage
         modules = [self.actor, self.critic]
         if self.rnd:  # not its normalizer of rewards, which moves during a rollout and is not used here
             modules += [self.rnd.predictor, self.rnd.target, self.rnd.state_normalizer]
         optimizers = [self.optimizer, *([self.rnd.optimizer] if self.rnd else [])]
-        tensors = [p for module in modules for p in (*module.parameters(), *module.buffers())]
-        tensors += [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
+        tensors = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
         tensors += [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, *st.distribution_params]
         tensors += [*st.observations.values(), self._rows]
         numbers = (self.clip_param, self.value_loss_coef, self.entropy_coef, self.max_grad_norm, self.desired_kl)
         numbers += (self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches)
-        numbers += (self.kl_coef if self._penalty is None else None, self.normalize_advantage_per_mini_batch)
-        numbers += (None if self._adaptive else tuple(group["lr"] for group in self.optimizer.param_groups),)
+        numbers += (self.kl_coef if self._penalty_coef is None else None, self.normalize_advantage_per_mini_batch)
+        numbers += (None if self._kl_control.adaptive else tuple(group["lr"] for group in self.optimizer.param_groups),)
         numbers += (getattr(self, "use_mixed_precision", False), torch.get_float32_matmul_precision())
-        return (
-            tuple((t.data_ptr(), t.shape, t.requires_grad) for t in tensors),
-            tuple(m.training for module in modules for m in module.modules()),
-            numbers,
-        )
+        return addresses(modules, tensors), modes(modules), numbers
 
     def _raise_if_lost(self, loss_dict: dict[str, float]) -> None:
         """If no step could be taken, or one could not and that is an error."""
@@ -411,7 +461,7 @@ class FusedPPO(PPO):
                     batch.observations, batch.actions = batch.observations.clone(), batch.actions.clone()
                 yield batch
 
-    def _step(self, batch: RolloutStorage.Batch, run: _Run) -> None:
+    def _step(self, batch: RolloutStorage.Batch, run: Run) -> None:
         """One step of the optimizer."""
         self.optimizer.zero_grad()
         if self.rnd:
@@ -424,7 +474,7 @@ class FusedPPO(PPO):
             rows.append(row if share == 1.0 else row * share)
         rule_kl, *_ = metrics = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
         run.metrics.append(metrics[1:])
-        self._react(run, metrics[1 + self._metric_names().index("kl")], rule_kl)
+        self._kl_control.before_step(run, metrics[1 + self._metric_names().index("kl")], rule_kl)
         self._apply(run)
 
     def _pieces(self, batch: RolloutStorage.Batch) -> list[RolloutStorage.Batch]:
@@ -506,27 +556,13 @@ class FusedPPO(PPO):
 
     def _rule_kl(self, out: PPOLossOutput, policies: tuple[Tensor, ...]) -> Tensor:
         """What the rule of the learning rate is fed with. ``policies``: means and stds, old and new."""
-        if self._adaptive and self.kl_rule == "rsl_rl_4":
+        if self._kl_control.kl_before_5:
             return RslRlScheduleBefore5.kl(*policies).mean()
-        if self._adaptive and self.kl_direction == "new_old":
+        if self._kl_control.adaptive and self.kl_direction == "new_old":
             return gaussian_kl(*policies, backend=self.backend).mean()
         return out.kl
 
-    def _react(self, run: _Run, kl: Tensor, rule_kl: Tensor) -> None:
-        """To the KL of this mini-batch, before its step."""
-        if self._early_stop is not None:
-            run.stopped = self._early_stop.update(mean_over_ranks(kl, self._world_size), run.stopped)
-            run.skipped.append(run.stopped)
-        if self._adaptive:
-            rule_kl = mean_over_ranks(rule_kl, self._world_size)
-            run.rule_kls.append(rule_kl)
-            if self.kl_rule != "proportional":
-                step_taken = len(run.metrics) > 1 or (rule_kl > 0.0 if self.adapt_before_first_step else False)
-                rate = self._rule.update(rule_kl, self._rate.value, step_taken)
-                self._rate.set(self._lower_if_lost(rate, run))
-            run.rates.append(self._rate.value)
-
-    def _apply(self, run: _Run) -> None:
+    def _apply(self, run: Run) -> None:
         """One step, with the gradients that there are."""
         if self.is_multi_gpu:
             self.reduce_parameters()
@@ -544,27 +580,6 @@ class FusedPPO(PPO):
                 self._rnd_rate.skip_if(any_nonfinite([nn.utils.get_total_norm(gradients)]))
             self._rnd_rate.step()
 
-    def _after_last_step(self, run: _Run) -> None:
-        """What is decided once per update, from the KL of the last epoch."""
-        if self._adaptive and self.kl_rule == "proportional":
-            kl = torch.stack(run.rule_kls[-self.num_mini_batches :]).mean()
-            self._rate.set(self._lower_if_lost(self._rule.update(kl, self._rate.value), run))
-        elif self._adaptive:
-            self._rate.set(self._lower_if_lost(self._rate.value, run))
-        if self._adaptive:
-            run.last_rate = self._rate.value
-        if self._penalty is not None:
-            column = self._metric_names().index("kl")
-            kl = torch.stack([row[column] for row in run.metrics[-self.num_mini_batches :]]).mean()
-            run.kl_coef = self._penalty.update(mean_over_ranks(kl, self._world_size), run.kl_coef)
-
-    def _lower_if_lost(self, rate: Tensor, run: _Run) -> Tensor:
-        """``rate``, or a lower one than the present if the last step could not be taken."""
-        if not run.lost:
-            return rate
-        lowered = torch.clamp(self._rate.value / self._rule.factor, min=self._rule.min_rate)
-        return torch.where(run.lost[-1], torch.minimum(rate, lowered), rate)
-
     def _autocast(self):
         # rsl_rl has mixed precision since 5.5
         enabled = getattr(self, "use_mixed_precision", False)
@@ -579,28 +594,6 @@ class FusedPPO(PPO):
         names += ["symmetry"] if self.symmetry else []
         return [*names, "kl", "clip_fraction", "approx_kl"]
 
-    def _loss_dict(self, run: _Run) -> dict[str, float]:
-        """Means over the update and more, and the rate at its end: the only time that the host waits for the device."""
-        names = self._metric_names()
-        metrics = torch.stack(run.metrics).double()  # [mini-batches, metrics]
-        kl = metrics[:, names.index("kl")]
-        extra = {"first_kl": kl[0], "max_kl": kl.max(), "last_kl": kl[-1]}
-        if run.rates:
-            rates = torch.stack(run.rates)
-            extra |= {"learning_rate_min": rates.min(), "learning_rate_max": rates.max()}
-        if run.skipped:
-            extra["skipped_steps"] = torch.stack(run.skipped).sum()
-        if run.lost:
-            extra["nonfinite_steps"] = torch.stack(run.lost).sum()
-        if self._penalty is not None:
-            extra["kl_coef"] = run.kl_coef
-        if run.last_rate is not None:
-            extra["learning_rate"] = run.last_rate
-        values = torch.cat([metrics.mean(0), torch.stack([t.double() for t in extra.values()])]).tolist()
-        loss_dict = dict(zip([*names, *extra], values, strict=True))
-        self.kl_coef = loss_dict.get("kl_coef", self.kl_coef)
-        return loss_dict
-
     # --- checkpoints
     # -----------------------------------------------------------------------------------------------------------
 
@@ -611,7 +604,7 @@ class FusedPPO(PPO):
             saved_dict["optimizer_state_dict"] = self._rate.state_dict()
             if self._rnd_rate is not None:
                 saved_dict["rnd_optimizer_state_dict"] = self._rnd_rate.state_dict()
-            if self._penalty is not None:
+            if self._kl_control.penalty is not None:
                 saved_dict[_CHECKPOINT_KEY] = {"kl_coef": self.kl_coef}
         return saved_dict
 
@@ -625,20 +618,6 @@ class FusedPPO(PPO):
             self._rate.prepare()
             if self._rnd_rate is not None:
                 self._rnd_rate.prepare()
-            if self._penalty is not None:
+            if self._kl_control.penalty is not None:
                 self.kl_coef = loaded_dict.get(_CHECKPOINT_KEY, {}).get("kl_coef", self.kl_coef)
         return iteration
-
-
-class _Run:
-    """What one update collects: tensors on the device, in the order of the mini-batches."""
-
-    def __init__(self, kl_coef: float | Tensor) -> None:
-        self.kl_coef = kl_coef
-        self.metrics: list[Tensor] = []  # a row for each mini-batch, as FusedPPO._metric_names
-        self.rule_kls: list[Tensor] = []  # what the rule for the learning rate was fed
-        self.rates: list[Tensor] = []
-        self.last_rate: Tensor | None = None
-        self.stopped: Tensor | None = None
-        self.skipped: list[Tensor] = []
-        self.lost: list[Tensor] = []  # steps whose gradients were not finite

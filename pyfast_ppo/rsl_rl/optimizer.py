@@ -66,6 +66,11 @@ class DeviceRate:
         return saved
 
     @property
+    def optimizer_name(self) -> str:
+        """For messages."""
+        return type(self._optimizer).__name__
+
+    @property
     def value(self) -> Tensor:
         """0-dim float64."""
         return self._value

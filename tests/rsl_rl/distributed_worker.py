@@ -11,8 +11,10 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import FUSED, PointEnv, make_config, rate_of, roll_out, state_of
+from graph_on_cpu import use_graphs_on_cpu
 from rsl_rl.algorithms import PPO
 
 from pyfast_ppo.rsl_rl import FusedPPO
@@ -41,7 +43,11 @@ def train(algorithm: str, rank: int, nudge: float = 0.0, **args: object) -> dict
     for _ in range(ITERATIONS):
         roll_out(alg, env)
         losses.append(alg.update())
-    return {"before": before, "state": state_of(alg), "rates": rates, "losses": losses}
+    trained = {"before": before, "state": state_of(alg), "rates": rates, "losses": losses}
+    if args.get("cuda_graph"):
+        trained["records"] = [captured.num_records for captured in (alg._captured_rollout, alg._captured)]
+        trained["steps"] = alg.storage.num_transitions_per_env
+    return trained
 
 
 def make(rank: int, num_envs: int, multi_gpu: dict | None, args: dict) -> FusedPPO:
@@ -107,6 +113,11 @@ def main() -> None:
         "early_stop": train(FUSED, rank, early_stop_kl=3e-3),
         "penalty": train(FUSED, rank, kl_coef=0.5, kl_target=1e-3),
     }
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_graphs_on_cpu(monkeypatch)
+        for cuda_graph in (True, False):
+            args = {"backend": "eager", "global_advantage_statistics": True, "rnd_cfg": None, "early_stop_kl": 3e-3}
+            results[f"cuda_graph={cuda_graph}"] = train(FUSED, rank, cuda_graph=cuda_graph, **args)
     torch.save(results, folder / f"rank_{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pyfast_ppo.rsl_rl import FusedPPO, captured
 
 WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal")
 
@@ -59,14 +62,16 @@ class GraphOnCpu:
 
     recorded: ClassVar[list[GraphOnCpu]] = []
 
-    def __init__(self) -> None:
+    def __init__(self, neighbour: GraphOnCpu | None = None) -> None:
         self.calls: list[tuple] = []
         self.num_replays = 0
         GraphOnCpu.recorded.append(self)
 
     def record(self, work: Callable[[], Any]) -> Any:
+        random_state = torch.get_rng_state()
         with Recorder() as recorder:
             result = work()
+        torch.set_rng_state(random_state)
         self.calls = recorder.calls
         with torch.no_grad():
             for t, before in recorder.before.values():
@@ -78,6 +83,26 @@ class GraphOnCpu:
         with torch.no_grad():
             for func, args, kwargs, out in self.calls:
                 new = func(*args, **kwargs)
+                if func.namespace == "c10d":  # the last of what a collective gives is to be waited for
+                    new[-1].wait()
                 for t, value in zip(tensors_of(out), tensors_of(new), strict=True):
                     if t.data_ptr() != value.data_ptr():
                         t.copy_(value)
+
+
+def use_graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[GraphOnCpu]:
+    """FusedPPO takes the CPU for a device with graphs. Returns the list to which they will be added."""
+    GraphOnCpu.recorded = []
+    monkeypatch.setattr(captured, "Graph", GraphOnCpu)
+    real = FusedPPO._reason_rollout_not_captured
+
+    def as_on_a_gpu(self: FusedPPO) -> str | None:
+        reason = real(self)
+        if reason == "the device is cpu":
+            device, self.device = self.device, "cuda"
+            reason = real(self)
+            self.device = device
+        return reason
+
+    monkeypatch.setattr(FusedPPO, "_reason_rollout_not_captured", as_on_a_gpu)
+    return GraphOnCpu.recorded

@@ -1,4 +1,4 @@
-"""The update as a CUDA graph: when it is recorded, when not, and that a replay computes what the update does.
+"""Acting, returns and the update as CUDA graphs: when they are recorded, and that a replay computes the same.
 
 Graphs are those of graph_on_cpu.py; where there is a GPU, test_on_a_gpu runs real ones.
 """
@@ -8,19 +8,18 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from pyfast_ppo.rsl_rl import FusedPPO, captured
 from pyfast_ppo.rsl_rl.fused_ppo import _NORMALIZES_IN_UPDATE
 
 sys.path.append(str(Path(__file__).parent))
 
-from graph_on_cpu import GraphOnCpu
+from graph_on_cpu import GraphOnCpu, use_graphs_on_cpu
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 LSTM = {"class_name": "RNNModel", "rnn_type": "lstm", "rnn_hidden_dim": 8}
@@ -45,22 +44,9 @@ CASES = {
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphOnCpu]]:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphOnCpu]:
     """The graphs that are made, on the CPU."""
-    GraphOnCpu.recorded = []
-    monkeypatch.setattr(captured, "Graph", GraphOnCpu)
-    real = FusedPPO._reason_not_captured
-
-    def as_on_a_gpu(self: FusedPPO) -> str | None:
-        reason = real(self)
-        if reason == "the device is cpu":
-            device, self.device = self.device, "cuda"
-            reason = real(self)
-            self.device = device
-        return reason
-
-    monkeypatch.setattr(FusedPPO, "_reason_not_captured", as_on_a_gpu)
-    yield GraphOnCpu.recorded
+    return use_graphs_on_cpu(monkeypatch)
 
 
 def with_graph(case: dict, **args: object) -> dict:
@@ -74,20 +60,78 @@ def test_a_replay_gives_the_bits_of_the_update(case: dict, new_run: Callable, gr
     run = new_run(FUSED, **with_graph(case)).learn(ITERATIONS)
     if case is CASES["normalized"] and not _NORMALIZES_IN_UPDATE:
         assert "moves its normalizers" in run.alg._captured.reason
+        assert run.alg._captured_rollout is None
         return
-    assert run.alg._captured.reason is None
-    assert len(graphs) == 1
-    assert graphs[0].num_replays >= ITERATIONS - 2  # the first update makes Adam's moments
+    assert run.alg._captured.reason is run.alg._captured_rollout.reason is None
+    num_steps = run.alg.storage.num_transitions_per_env
+    assert run.alg._captured.num_records == 1
+    assert run.alg._captured_rollout.num_records == num_steps + 1
+    assert len(graphs) == num_steps + 2
+    # the first update makes Adam's moments, the first rollout the storage of means and stds; normalizers move once
+    assert min(graph.num_replays for graph in graphs) >= ITERATIONS - 3
     assert run.distance(plain) == 0.0
     assert run.losses == plain.losses
     assert run.alg.learning_rate == plain.alg.learning_rate
 
 
+def hand_out_final_obs(run: object) -> None:
+    """The environment publishes what came before its resets; any numbers do, if they change."""
+    step = run.env.step
+
+    def with_final_obs(actions: Tensor) -> tuple:
+        obs, rewards, dones, extras = step(actions)
+        final_obs = obs.apply(lambda group: group + rewards.unsqueeze(-1))
+        return obs, rewards, dones, {**extras, "final_obs": final_obs}
+
+    run.env.step = with_final_obs
+
+
+@pytest.mark.parametrize("actor", [{}, HETEROSCEDASTIC], ids=["mlp", "heteroscedastic"])
+@pytest.mark.parametrize("final_obs", [False, True])
+def test_a_replayed_rollout_stores_the_same_bits(
+    final_obs: bool, actor: dict, new_run: Callable, graphs: list[GraphOnCpu]
+) -> None:
+    runs = []
+    for config in (with_graph(CASES["adaptive"]), with_graph(CASES["adaptive"], cuda_graph=False)):
+        run = new_run(FUSED, actor=actor, **config)
+        run.alg._final_values.only_time_outs = False  # as on a GPU
+        if final_obs:
+            hand_out_final_obs(run)
+        runs.append(run.learn(4).rollout())
+    captured_run, plain = (run.alg.storage for run in runs)
+    assert runs[0].env.num_time_outs > 0
+    assert min(graph.num_replays for graph in graphs) >= 2
+    for name in ("actions", "actions_log_prob", "values", "rewards", "dones", "returns", "advantages"):
+        assert torch.equal(getattr(captured_run, name), getattr(plain, name)), name
+    assert (captured_run.observations == plain.observations).all()
+    for ours, theirs in zip(captured_run.distribution_params, plain.distribution_params, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_environment_may_write_into_the_actions(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    """And keep them: they are nobody else's memory."""
+    run = new_run(FUSED, **with_graph(CASES["adaptive"])).learn(3)
+    assert graphs
+    step, kept = run.env.step, []
+
+    def step_in_place(actions: Tensor) -> tuple:
+        kept.append((actions, actions.clone()))
+        result = step(actions)
+        actions.fill_(7.0)
+        return result
+
+    run.env.step = step_in_place
+    run.rollout()
+    for t, (actions, before) in enumerate(kept):
+        assert torch.equal(run.alg.storage.actions[t], before)
+        assert (actions == 7.0).all()
+
+
 def test_the_emulation_freezes_numbers_on_the_host(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
     """The tests above can fail: a coefficient that is changed behind the key's back has no effect."""
     run = new_run(FUSED, **with_graph(CASES["fixed"])).learn(3)
-    key = run.alg._capture_key()
-    run.alg._capture_key = lambda: key
+    key = run.alg._key_of_update()
+    run.alg._key_of_update = lambda: key
     other = new_run(FUSED, **with_graph(CASES["fixed"])).learn(3)
     for each in (run, other):
         each.alg.entropy_coef = 5.0
@@ -127,7 +171,7 @@ def test_it_is_recorded_anew_when_something_frozen_changes(
         for _ in range(3):
             run.rollout()
             run.alg.update()
-    assert len(graphs) == 2
+    assert runs[0].alg._captured.num_records == 2
     assert runs[0].distance(runs[1]) == 0.0
 
 
@@ -138,7 +182,7 @@ def test_a_number_that_changes_in_each_update_is_never_recorded(new_run: Callabl
         run.alg.entropy_coef = 0.01 / (i + 1)
         run.rollout()
         run.alg.update()
-    assert graphs == []
+    assert run.alg._captured.num_records == 0
     assert run.alg._captured.reason is None
 
 
@@ -158,10 +202,11 @@ def test_what_cannot_be_recorded_runs_as_it_is(
         run.alg.actor.mlp.append(Waiting())
         with caplog.at_level(logging.WARNING):
             runs.append(run.learn(4))
-    assert [graph.num_replays for graph in graphs] == [0]
+    assert [graph.num_replays for graph in graphs] == [1, 0, 0]  # the critic's values, acting, the update
     assert "it cannot be recorded (operation not permitted" in runs[0].alg._captured.reason
     assert [r.getMessage() for r in caplog.records if "without a CUDA graph" in r.getMessage()] == [
-        f"The update runs without a CUDA graph: {runs[0].alg._captured.reason}."
+        f"The rollout runs without a CUDA graph: {runs[0].alg._captured_rollout.reason}.",
+        f"The update runs without a CUDA graph: {runs[0].alg._captured.reason}.",
     ]
     assert runs[0].distance(runs[1]) == 0.0
     assert runs[0].losses == runs[1].losses
@@ -180,7 +225,7 @@ def test_what_is_known_beforehand(config: dict, reason: str, new_run: Callable, 
     config = {"args": {}, **config}
     run = new_run(FUSED, **with_graph(config)).learn(2)
     assert reason in run.alg._captured.reason
-    assert graphs == []
+    assert run.alg._captured.num_records == 0
 
 
 def test_on_the_cpu_it_says_so(new_run: Callable, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,7 +259,8 @@ def test_on_a_gpu(case: dict, new_run: Callable) -> None:
     for cuda_graph in (True, False):
         config = {**case, "args": {**case["args"], "cuda_graph": cuda_graph}}
         runs.append(new_run(FUSED, device="cuda", **config).learn(ITERATIONS))
-    assert runs[0].alg._captured.reason is None
+    assert runs[0].alg._captured.reason is runs[0].alg._captured_rollout.reason is None
     assert runs[0].alg._captured.num_records == 1
+    assert runs[0].alg._captured_rollout.num_records == runs[0].alg.storage.num_transitions_per_env + 1
     assert runs[0].distance(runs[1]) == 0.0
     assert runs[0].losses == runs[1].losses

@@ -61,6 +61,17 @@ def test_the_ranks_react_alike_to_the_kl(run: str, key: str, ranks: list[dict]) 
     assert kls[0] != kls[1]
 
 
+def test_graphs_reduce_over_the_ranks(ranks: list[dict], state_distance: Callable) -> None:
+    """The reductions are recorded with the rest; a replay gives the same bits."""
+    for rank in ranks:
+        replayed, plain = rank["cuda_graph=True"], rank["cuda_graph=False"]
+        assert replayed["records"] == [replayed["steps"] + 1, 1]
+        assert state_distance(replayed["state"], plain["state"]) == 0.0
+        assert replayed["losses"] == plain["losses"]
+    states = [trained(rank["cuda_graph=True"]["state"]) for rank in ranks]
+    assert state_distance(*states) == 0.0
+
+
 def test_they_end_where_ppo_ends(ranks: list[dict], state_distance: Callable) -> None:
     """To rounding, as in test_parity.py. PPO sends the learning rate to the other ranks in float32."""
     for rank in ranks:

@@ -28,8 +28,11 @@ def test_diagnostics_of_an_update(new_run: Callable) -> None:
     """Of the KLs and rates that the update went through, seen from outside."""
     run = new_run(FUSED, args={**SPLIT, "schedule": "adaptive", "desired_kl": 0.01, "learning_rate": 3e-3})
     kls = []
-    react = run.alg._react
-    run.alg._react = lambda update, kl, *rest: (kls.append(float(kl)), react(update, kl, *rest))
+    before_step = run.alg._kl_control.before_step
+    run.alg._kl_control.before_step = lambda update, kl, rule_kl: (
+        kls.append(float(kl)),
+        before_step(update, kl, rule_kl),
+    )
     run.learn(1)
     losses = run.losses[0]
     assert len(kls) == STEPS
@@ -86,8 +89,11 @@ def test_the_proportional_rule_acts_once_per_update(new_run: Callable) -> None:
     args = {**SPLIT, "schedule": "adaptive", "desired_kl": 0.01, "learning_rate": 1e-3, "kl_rule": "proportional"}
     run = new_run(FUSED, args=args)
     kls = []
-    react = run.alg._react
-    run.alg._react = lambda update, kl, *rest: (kls.append(kl), react(update, kl, *rest))
+    before_step = run.alg._kl_control.before_step
+    run.alg._kl_control.before_step = lambda update, kl, rule_kl: (
+        kls.append(kl),
+        before_step(update, kl, rule_kl),
+    )
     run.learn(2)
     first, second = run.rates[:STEPS], run.rates[STEPS:]
     assert {float(rate) for rate in first} == {1e-3}
@@ -152,8 +158,11 @@ def test_the_penalty_follows_the_kl(new_run: Callable) -> None:
     args = {**SPLIT, "schedule": "fixed", "learning_rate": 3e-3, "kl_coef": 0.5, "kl_target": 1e-4}
     run = new_run(FUSED, args=args)
     kls = []
-    react = run.alg._react
-    run.alg._react = lambda update, kl, *rest: (kls.append(kl), react(update, kl, *rest))
+    before_step = run.alg._kl_control.before_step
+    run.alg._kl_control.before_step = lambda update, kl, rule_kl: (
+        kls.append(kl),
+        before_step(update, kl, rule_kl),
+    )
     run.learn(3)
     coef, rule = torch.tensor(0.5), AdaptivePenalty(1e-4)
     for i, losses in enumerate(run.losses):

@@ -69,7 +69,7 @@ def test_the_adaptive_rate_goes_down(new_run: Callable) -> None:
     lost, fine = (new_run(FUSED, args=args).rollout() for _ in range(2))
     lost.alg.storage.returns[2, 5] = math.nan
     for run in (lost, fine):
-        run.alg._rule.max_rate = 1e-3
+        run.alg._kl_control.rule.max_rate = 1e-3
         run.alg.update()
     assert fine.alg.learning_rate == 1e-3
     ratios = [float(after / before) for before, after in pairwise([*lost.rates, lost.alg.learning_rate])]

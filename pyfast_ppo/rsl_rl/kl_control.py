@@ -1,0 +1,102 @@
+"""What the KL of an update does to its learning rate, to the steps that follow, and to the penalty."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyfast_ppo.rsl_rl.metrics import Run
+from pyfast_ppo.rsl_rl.optimizer import DeviceRate
+from pyfast_ppo.rsl_rl.ranks import mean_over_ranks
+from pyfast_ppo.schedules import (
+    AdaptivePenalty,
+    EarlyStop,
+    ProportionalSchedule,
+    RslRlSchedule,
+    RslRlScheduleBefore5,
+)
+
+KL_RULES = {"rsl_rl": RslRlSchedule, "rsl_rl_4": RslRlScheduleBefore5, "proportional": ProportionalSchedule}
+
+
+class KLControl:
+    """The rule for the learning rate, early stop and the adaptive penalty, those of them that are wanted.
+
+    Everything is decided on the device, and alike in all processes.
+    """
+
+    def __init__(
+        self,
+        rate: DeviceRate,
+        desired_kl: float | None,
+        kl_rule: str,
+        kl_target: float | None,
+        early_stop_kl: float | None,
+        adapt_before_first_step: bool,
+        world_size: int,
+    ) -> None:
+        """``desired_kl``: None for a learning rate that is not adaptive. Otherwise as the arguments of FusedPPO."""
+        self.rate = rate
+        self.rule = None if desired_kl is None else KL_RULES[kl_rule](desired_kl)
+        self.penalty = None if kl_target is None else AdaptivePenalty(kl_target)
+        self._early_stop = None if early_stop_kl is None else EarlyStop(early_stop_kl)
+        self._adapt_before_first_step = adapt_before_first_step
+        self._world_size = world_size
+        if self._early_stop is not None and not rate.can_skip:
+            raise ValueError(
+                f"early_stop_kl needs an optimizer that can skip a step on the device: adam, adamw or sgd, not "
+                f"{rate.optimizer_name}"
+            )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the learning rate is."""
+        return self.rule is not None
+
+    @property
+    def kl_before_5(self) -> bool:
+        """Whether the rule is fed with the KL of rsl_rl before 5.0."""
+        return isinstance(self.rule, RslRlScheduleBefore5)
+
+    @property
+    def _once_per_update(self) -> bool:
+        return isinstance(self.rule, ProportionalSchedule)
+
+    def begin(self) -> None:
+        """An update begins."""
+        if self.adaptive:
+            self.rate.begin()
+
+    def before_step(self, run: Run, kl: Tensor, rule_kl: Tensor) -> None:
+        """A mini-batch has this KL, and this one for the rule of the learning rate; its step is still to be taken."""
+        if self._early_stop is not None:
+            run.stopped = self._early_stop.update(mean_over_ranks(kl, self._world_size), run.stopped)
+            run.skipped.append(run.stopped)
+        if self.adaptive:
+            rule_kl = mean_over_ranks(rule_kl, self._world_size)
+            run.rule_kls.append(rule_kl)
+            if not self._once_per_update:
+                step_taken = len(run.metrics) > 1 or (rule_kl > 0.0 if self._adapt_before_first_step else False)
+                rate = self.rule.update(rule_kl, self.rate.value, step_taken)
+                self.rate.set(self._lower_if_lost(rate, run))
+            run.rates.append(self.rate.value)
+
+    def after_last_step(self, run: Run, num_mini_batches: int) -> None:
+        """What is decided once per update, from the KL of its last epoch."""
+        if self._once_per_update:
+            kl = torch.stack(run.rule_kls[-num_mini_batches:]).mean()
+            self.rate.set(self._lower_if_lost(self.rule.update(kl, self.rate.value), run))
+        elif self.adaptive:
+            self.rate.set(self._lower_if_lost(self.rate.value, run))
+        if self.adaptive:
+            run.last_rate = self.rate.value
+        if self.penalty is not None:
+            kl = torch.stack(run.last_kls(num_mini_batches)).mean()
+            run.kl_coef = self.penalty.update(mean_over_ranks(kl, self._world_size), run.kl_coef)
+
+    def _lower_if_lost(self, rate: Tensor, run: Run) -> Tensor:
+        """``rate``, or a lower one than the present if the last step could not be taken."""
+        if not run.lost:
+            return rate
+        lowered = torch.clamp(self.rate.value / self.rule.factor, min=self.rule.min_rate)
+        return torch.where(run.lost[-1], torch.minimum(rate, lowered), rate)

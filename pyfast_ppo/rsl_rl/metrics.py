@@ -1,0 +1,45 @@
+"""What an update tells about itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Run:
+    """What one update collects: tensors on the device, in the order of the mini-batches."""
+
+    def __init__(self, names: list[str], kl_coef: float | Tensor) -> None:
+        """``names``: of a mini-batch's metrics; "kl" is one of them."""
+        self._names = names
+        self.kl_coef = kl_coef
+        self.metrics: list[Tensor] = []  # a row for each mini-batch, as the names
+        self.rule_kls: list[Tensor] = []  # what the rule for the learning rate was fed
+        self.rates: list[Tensor] = []
+        self.last_rate: Tensor | None = None
+        self.stopped: Tensor | None = None
+        self.skipped: list[Tensor] = []
+        self.lost: list[Tensor] = []  # steps whose gradients were not finite
+
+    def last_kls(self, count: int) -> list[Tensor]:
+        """The KL at each of the last mini-batches. 0-dim each."""
+        return [row[self._names.index("kl")] for row in self.metrics[-count:]]
+
+    def read(self) -> dict[str, float]:
+        """Means over the update and more, and the rate at its end: the only time that the host waits for the device."""
+        metrics = torch.stack(self.metrics).double()  # [mini-batches, metrics]
+        kl = metrics[:, self._names.index("kl")]
+        extra = {"first_kl": kl[0], "max_kl": kl.max(), "last_kl": kl[-1]}
+        if self.rates:
+            rates = torch.stack(self.rates)
+            extra |= {"learning_rate_min": rates.min(), "learning_rate_max": rates.max()}
+        if self.skipped:
+            extra["skipped_steps"] = torch.stack(self.skipped).sum()
+        if self.lost:
+            extra["nonfinite_steps"] = torch.stack(self.lost).sum()
+        if isinstance(self.kl_coef, Tensor):
+            extra["kl_coef"] = self.kl_coef
+        if self.last_rate is not None:
+            extra["learning_rate"] = self.last_rate
+        values = torch.cat([metrics.mean(0), torch.stack([t.double() for t in extra.values()])]).tolist()
+        return dict(zip([*self._names, *extra], values, strict=True))
