@@ -1,0 +1,192 @@
+"""One training run, taken down iteration by iteration."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import random
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rsl_rl.env import VecEnv
+from rsl_rl.runners import OnPolicyRunner
+from torch import Tensor
+
+import pyfast_ppo
+from pyfast_ppo import backends
+from pyfast_ppo.cli.task import make_task
+from pyfast_ppo.cli.train_config import ALGORITHMS, Settings
+from runs.swing_up import CartPoleSwingUp
+
+SWING_UP = "CartPoleSwingUp"
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_VERSIONS_OF = ("torch", "rsl-rl-lib", "numpy", "gymnasium", "mujoco", "isaaclab", "newton", "warp-lang")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is run. Two runs of the same task that differ in nothing but ``arm`` and ``seed`` can be compared."""
+
+    task: str  # a Gymnasium id, Isaac-..., or SWING_UP
+    arm: str  # "stock" or "fused", as of pyfast-ppo train
+    seed: int
+    num_envs: int
+    iterations: int
+    count_tensors_every: int = 0  # iterations; 0: never. A count takes some milliseconds, outside of what is timed
+
+
+class RunRecord:
+    """Stands where rsl_rl's logger stands and takes down each iteration; no files.
+
+    Its arrays have their size from the beginning, so that it does not show in the memory that it measures.
+    """
+
+    writer = None
+
+    def __init__(self, spec: Spec) -> None:
+        n = spec.iterations
+        self.episodes = np.zeros(n, dtype=np.int64)  # that ended within the iteration
+        self.returns = np.zeros(n)  # their sum
+        self.time_outs = np.zeros(n, dtype=np.int64)
+        self.collect = np.zeros(n)  # s: acting, stepping the environments, computing returns
+        self.update = np.zeros(n)  # s
+        self.resident = np.zeros(n, dtype=np.int64)  # bytes
+        self.every = spec.count_tensors_every
+        self.tensors = np.zeros(n // self.every if self.every else 0, dtype=np.int64)
+        self._done = 0
+        self._return = torch.zeros(spec.num_envs)  # [E], of the running episodes
+
+    def init_logging_writer(self) -> None:
+        """Nothing to be opened."""
+
+    def process_env_step(self, rewards: Tensor, dones: Tensor, extras: dict, intrinsic: Tensor | None = None) -> None:
+        """One step of all environments."""
+        self._return += rewards
+        ended = dones > 0
+        self.episodes[self._done] += int(ended.sum())
+        self.returns[self._done] += float(self._return[ended].sum())
+        self.time_outs[self._done] += int(extras["time_outs"].sum())
+        self._return.masked_fill_(ended, 0.0)
+
+    def log(self, *, it: int, collect_time: float, learn_time: float, **_: object) -> None:
+        """The end of an iteration; the arguments are those of rsl_rl's ``Logger.log``."""
+        self.collect[it], self.update[it] = collect_time, learn_time
+        self.resident[it] = _resident_bytes()
+        self._done = it + 1
+        if self.every and self._done % self.every == 0:
+            self.tensors[it // self.every] = _tensors_alive()
+
+    def as_json(self) -> dict:
+        """Lists with an entry per iteration; a mean return is null where no episode ended."""
+        mean = [float(f"{r / n:.6g}") if n else None for r, n in zip(self.returns, self.episodes, strict=True)]
+        return {
+            "episodes": self.episodes.tolist(),
+            "mean_return": mean,
+            "time_outs": self.time_outs.tolist(),
+            "collect_ms": np.round(1e3 * self.collect, 3).tolist(),
+            "update_ms": np.round(1e3 * self.update, 3).tolist(),
+            "resident_bytes": self.resident.tolist(),
+            "tensors_alive": self.tensors.tolist(),
+        }
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * _PAGE
+
+
+def _tensors_alive() -> int:
+    """Tensors that Python knows of. Without a collection before, which would change the run that is looked at."""
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+def swing_up_config(spec: Spec) -> dict:
+    """A runner config in the manner of Isaac Lab's cartpole."""
+    network = {"class_name": "MLPModel", "hidden_dims": [32, 32], "activation": "elu"}
+    return {
+        "num_steps_per_env": 16,
+        "save_interval": spec.iterations,
+        "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
+        "actor": {**network, "distribution_cfg": {"class_name": "GaussianDistribution", "init_std": 1.0}},
+        "critic": network,
+        "algorithm": {
+            "class_name": ALGORITHMS[spec.arm],
+            "num_learning_epochs": 3,
+            "num_mini_batches": 2,
+            "learning_rate": 1e-3,
+            "schedule": "adaptive",
+            "desired_kl": 0.01,
+            "gamma": 0.99,
+            "lam": 0.95,
+            "entropy_coef": 0.005,
+            "rnd_cfg": None,
+        },
+    }
+
+
+@contextlib.contextmanager
+def made_task(spec: Spec) -> Iterator[tuple[VecEnv, dict, bool]]:
+    """The environments, the runner's config, and whether episodes begin at random lengths."""
+    if spec.task == SWING_UP:
+        yield CartPoleSwingUp(spec.num_envs), swing_up_config(spec), True
+        return
+    settings = Settings(
+        env=spec.task,
+        simulated=spec.task.startswith("Isaac-"),
+        algorithm=spec.arm,
+        num_envs=spec.num_envs,
+        seed=spec.seed,
+    )
+    with contextlib.closing(make_task(settings)) as task:
+        yield task.env, task.config, task.random_first_lengths
+
+
+def train(spec: Spec) -> dict:
+    """Run it; returns what the result file holds."""
+    random.seed(spec.seed)
+    np.random.seed(spec.seed)
+    torch.manual_seed(spec.seed)
+    with made_task(spec) as (env, config, random_first_lengths):
+        with contextlib.redirect_stdout(io.StringIO()):
+            runner = OnPolicyRunner(env, copy.deepcopy(config), None, "cpu")
+        record = runner.logger = RunRecord(spec)
+        runner.learn(spec.iterations, init_at_random_ep_len=random_first_lengths)
+    return {
+        "spec": asdict(spec),
+        "steps_per_iteration": spec.num_envs * config["num_steps_per_env"],
+        "config": json.loads(json.dumps(config, default=str)),
+        "made_with": made_with(),
+        "record": record.as_json(),
+    }
+
+
+def made_with() -> dict[str, str]:
+    """Versions and commit of what ran."""
+    versions = {"python": platform.python_version(), "pyfast_ppo": pyfast_ppo.__version__, "commit": _commit()}
+    versions["backend"] = backends.select(None, torch.device("cpu")).name
+    for name in _VERSIONS_OF:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _commit() -> str:
+    """Of the package that is imported; with a mark, if its files are not those of the commit."""
+    root = Path(pyfast_ppo.__file__).parent
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if changed.returncode else "")

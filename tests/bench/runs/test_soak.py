@@ -1,0 +1,153 @@
+"""The soak's analysis: silent on what is flat, and not on a leak or a slowdown."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import soak
+import torch
+from made_up_records import record
+from rsl_rl.runners import on_policy_runner
+from runs import training
+from runs.swing_up import CartPoleSwingUp
+from runs.training import SWING_UP, Spec
+from soak import condensed, findings, stability
+
+from pyfast_ppo.rsl_rl import FusedPPO
+
+ITERATIONS = 2000
+
+
+def arms(change=lambda fused: None) -> dict[str, list[dict]]:
+    """Five made-up pairs; ``change`` alters the records of FusedPPO."""
+    runs = {"stock": [record(s, ITERATIONS) for s in range(5)], "fused": [record(s, ITERATIONS) for s in range(5, 10)]}
+    for fused in runs["fused"]:
+        change(fused)
+    return {arm: [condensed(r) for r in records] for arm, records in runs.items()}
+
+
+def slowed(records: dict[str, list], name: str, share: float) -> None:
+    """The times grow in a line by ``share``."""
+    records[name] = [ms * (1.0 + share * i / ITERATIONS) for i, ms in enumerate(records[name])]
+
+
+def test_nothing_is_said_where_all_is_flat() -> None:
+    assert findings(stability(arms(), ITERATIONS)) == []
+
+
+def test_a_small_leak_is_found() -> None:
+    def leak(fused: dict[str, list]) -> None:  # of half a kilobyte an iteration
+        fused["resident_bytes"] = [n + 512 * i for i, n in enumerate(fused["resident_bytes"])]
+
+    (sentence,) = findings(stability(arms(leak), ITERATIONS))
+    assert "resident memory" in sentence
+
+
+def test_a_tensor_that_is_kept_is_found() -> None:
+    def keep(fused: dict[str, list]) -> None:  # one in ten iterations
+        fused["tensors_alive"] = [n + 10 * i for i, n in enumerate(fused["tensors_alive"])]
+
+    (sentence,) = findings(stability(arms(keep), ITERATIONS))
+    assert sentence.startswith("tensors alive grow by 0.1 ")
+
+
+def test_a_slowdown_is_found_and_that_of_the_machine_is_not() -> None:
+    found = findings(stability(arms(lambda fused: slowed(fused, "update_ms", 0.2)), ITERATIONS))
+    assert [sentence.split()[0] for sentence in found] == ["iterations", "updates"]
+
+    slow_machine = arms()
+    for of_arm in slow_machine.values():
+        for records in of_arm:
+            for name in ("collect_ms", "update_ms"):
+                records[name] = [ms * (1.0 + 0.005 * i) for i, ms in enumerate(records[name])]
+    report = stability(slow_machine, ITERATIONS)
+    assert report["fused"]["update_last_by_first_quarter"]["low"] > 1.2
+    assert findings(report) == []
+
+
+def test_condensing_keeps_returns_and_takes_the_least_memory() -> None:
+    short = {
+        "episodes": [1, 3, 0, 0],
+        "mean_return": [4.0, 8.0, None, None],
+        "collect_ms": [1.0, 3.0, 5.0, 5.0],
+        "update_ms": [2.0, 2.0, 4.0, 6.0],
+        "resident_bytes": [900, 800, 700, 900],
+        "tensors_alive": [5],
+    }
+    assert condensed(short, entries=2) == {
+        "episodes": [4, 0],
+        "mean_return": [7.0, None],
+        "collect_ms": [2.0, 5.0],
+        "update_ms": [2.0, 5.0],
+        "resident_bytes": [800, 700],
+        "tensors_alive": [5],
+    }
+
+
+class Clock:
+    """In place of the module ``time``: ten milliseconds pass between two readings, and what is added."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read as on Linux")
+def test_a_leak_and_a_slowdown_in_real_runs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    iterations, kept, clock = 40, [], Clock()
+    update = FusedPPO.update
+
+    def faulty_update(self):
+        kept.append(torch.ones(2**18))  # 1 MiB
+        clock.now += 1e-3 * (len(kept) % iterations)
+        return update(self)
+
+    monkeypatch.setattr(on_policy_runner, "time", clock)
+    monkeypatch.setattr(FusedPPO, "update", faulty_update)
+    runs = {
+        arm: [training.train(Spec(SWING_UP, arm, seed, 16, iterations, iterations // 5)) for seed in (1, 2, 3)]
+        for arm in ("stock", "fused")
+    }
+    result = soak.soak_result(runs)
+    assert [sentence.split()[0] for sentence in result["findings"]] == ["resident", "tensors", "iterations", "updates"]
+    stable = result["stability"]
+    assert stable["fused"]["tensors_per_iteration"]["estimate"] == pytest.approx(1.0, abs=0.1)
+    assert stable["fused"]["bytes_per_iteration"]["estimate"] == pytest.approx(2**20, rel=0.3)
+    assert abs(stable["stock"]["tensors_per_iteration"]["estimate"]) < soak.MOST_TENSORS
+    assert stable["stock"]["update_last_by_first_quarter"]["estimate"] == pytest.approx(1.0)
+
+
+def test_the_environment_ends_episodes_both_ways_and_hands_out_what_came_before() -> None:
+    torch.manual_seed(0)
+    env = CartPoleSwingUp(4)
+    env._state = torch.tensor(
+        [[0.0, 0.0, 0.0, 0.0], [2.49, 5.0, 0.0, 0.0], [0.0, 0.0, 0.1, 0.0], [2.49, 5.0, 0.0, 0.0]]
+    )
+    env.episode_length_buf = torch.tensor([10, 10, 249, 249])
+    obs, rewards, dones, extras = env.step(torch.zeros(4, 1))
+    assert dones.tolist() == [0, 1, 1, 1]
+    assert extras["terminated"].tolist() == [False, True, False, True]
+    assert extras["time_outs"].tolist() == [False, False, True, False]
+    assert env.episode_length_buf.tolist() == [11, 0, 0, 0]
+    final = extras["final_obs"]["policy"]
+    assert final[1, 0] > 2.5 and final[2, 3] > 0.9  # past the end of the track; still upright
+    assert (obs["policy"][1:, 3] < -0.5).all()  # begun anew, hanging
+    torch.testing.assert_close(obs["policy"][0], final[0])
+    assert rewards[0] == 1.0
+    torch.testing.assert_close(rewards[1], torch.tensor(0.1))
+
+
+def test_a_pole_that_nobody_pushes_keeps_swinging_at_its_energy() -> None:
+    torch.manual_seed(0)
+    env = CartPoleSwingUp(1)
+    env._state = torch.tensor([[0.0, 0.0, 2.0, 0.0]])
+    cosines = []
+    for _ in range(200):
+        obs, _, _, _ = env.step(torch.zeros(1, 1))
+        cosines.append(float(obs["policy"][0, 3]))
+    assert max(cosines) == pytest.approx(torch.tensor(2.0).cos().item(), abs=0.1)
+    assert min(cosines) == pytest.approx(-1.0, abs=0.05)
