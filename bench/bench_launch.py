@@ -2,7 +2,7 @@
 
 python bench/bench_launch.py                  # CPU tensors, the CUDA launch itself left out (tests/csrc/emulation)
 python bench/bench_launch.py --device cuda    # GPU tensors, with it; the GPU works on meanwhile
-python bench/bench_launch.py --save NAME      # also writes bench/results/NAME/launch.json
+python bench/bench_launch.py --save           # also writes bench/results/<machine>/<date>.json
 """
 
 from __future__ import annotations
@@ -10,32 +10,35 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
-from bench_loss import COEFFICIENTS, make_inputs
-from harness import RESULTS, gpu_backends, machine, print_table, write_results
 
 import pyfast_ppo
+from pyfast_ppo.bench import results, tables
+from pyfast_ppo.bench.harness import Timing
+from pyfast_ppo.bench.loss import gpu_backends
+from pyfast_ppo.bench.stock import COEFFICIENTS, make_mini_batch
+from pyfast_ppo.cli.bench import keep
 
 CASES = [(24_576, 12, True), (24_576, 12, False)]
-CALLS, ROUNDS = 500, 30
+CALLS, ROUNDS, WARMUP_ROUNDS = 500, 30, 5
 
 
-def microseconds(call, synchronize) -> list[float]:
-    """Per call, one entry a round."""
-    rounds = []
-    for i in range(-5, ROUNDS):
+def host_time(call: Callable[[], object], synchronize: Callable[[], None]) -> Timing:
+    """Seconds that the host takes for a call; nobody waits for the GPU in between."""
+    timing = Timing()
+    for i in range(-WARMUP_ROUNDS, ROUNDS):
         synchronize()
         start = time.perf_counter()
         for _ in range(CALLS):
             call()
         elapsed = time.perf_counter() - start
         if i >= 0:
-            rounds.append(1e6 * elapsed / CALLS)
+            timing.seconds.append(elapsed / CALLS)
     synchronize()
-    return rounds
+    return timing
 
 
 def emulate() -> None:
@@ -49,27 +52,30 @@ def emulate() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME/launch.json")
+    parser.add_argument("--save", nargs="?", const="", metavar="MACHINE", help="write results/MACHINE/<date>.json")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
-    print("  ".join(f"{k}: {v}" for k, v in machine().items()))
+    document = results.new_document(args.device)  # before the emulation, which is not what this machine has
     if not on_gpu:
         emulate()
     rows = []
     for num_rows, num_actions, old_std_per_row in CASES:
-        inputs = make_inputs(num_rows, num_actions, old_std_per_row, 0, args.device)
-        for backend in gpu_backends() if on_gpu else ["cuda"]:
-
-            def call(inputs=inputs, backend=backend) -> object:
-                return pyfast_ppo.ppo_loss_and_grad(*inputs, **COEFFICIENTS, backend=backend)
-
-            found = microseconds(call, torch.cuda.synchronize if on_gpu else lambda: None)
-            row = {"N": num_rows, "A": num_actions, "old_std": "[N, A]" if old_std_per_row else "[A]"}
-            row |= {"backend": backend, "with the launch": on_gpu, "median us": median(found), "least us": min(found)}
-            rows.append(row)
-    print_table([{k: f"{v:.1f}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows])
-    if args.save:
-        print(f"written: {write_results('launch', rows, RESULTS / args.save)}")
+        batch = make_mini_batch(num_rows, num_actions, old_std_per_row, 0, args.device)
+        names = gpu_backends() if on_gpu else ["cuda"]
+        timings = {
+            name: host_time(
+                lambda batch=batch, name=name: pyfast_ppo.ppo_loss_and_grad(*batch, **COEFFICIENTS, backend=name),
+                torch.cuda.synchronize if on_gpu else lambda: None,
+            )
+            for name in names
+        }
+        case = {"N": num_rows, "A": num_actions, "old_std": "[N, A]" if old_std_per_row else "[A]"}
+        case["the launch itself"] = "with it" if on_gpu else "left out"
+        rows.append(results.make_row(case, names[0], names, timings))
+    results.add(document, "launch", rows)
+    print("\n".join(tables.blocks(rows)))
+    if args.save is not None:
+        print(f"written: {keep(document, Path(__file__).parent / 'results', args.save)}")
     return 0
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from bench_loss import make_inputs
 
 import pyfast_ppo
 from pyfast_ppo import backends, kl
+from pyfast_ppo.bench.stock import make_mini_batch
 
 SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300), (5, 2000)]
 
@@ -14,7 +14,7 @@ SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300), (5, 2000)]
 def run(backend: str) -> None:
     for num_rows, num_actions in SHAPES:
         for old_std_per_row in (False, True):
-            inputs = list(make_inputs(num_rows, num_actions, old_std_per_row, 0, "cuda"))
+            inputs = list(make_mini_batch(num_rows, num_actions, old_std_per_row, 0, "cuda"))
             options = {"kl_coef": 0.5, "kl_direction": ("old_new", "new_old")[num_rows % 2], "backend": backend}
             pyfast_ppo.ppo_loss_and_grad(*inputs, **options, num_original=max(1, num_rows // 2))
             order = torch.randperm(num_rows, device="cuda")

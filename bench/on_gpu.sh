@@ -28,7 +28,7 @@ step update-tests 240 python3 -m pytest -q tests/rsl_rl/test_no_host_sync.py tes
 for tool in memcheck racecheck initcheck; do
   step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
 done
-step loss 240 python3 bench/bench_loss.py --device cuda --rounds 20 --save "$(basename "$results")"
+step loss 420 python3 bench/bench_loss.py --device cuda --seconds 3 --save "$(basename "$results")"
 step launch 60 python3 bench/bench_launch.py --device cuda --save "$(basename "$results")"
 step kl 60 python3 bench/bench_kl.py --device cuda --save "$(basename "$results")"
 step update 400 python3 bench/bench_update.py --device cuda --save "$(basename "$results")"

@@ -22,10 +22,13 @@ class Console:
         """Keep the stream; None: standard output."""
         self._stream = sys.stdout if stream is None else stream
 
-    def say(self, text: str = "") -> None:
-        """Print one line at once. A reader that has gone away (``| tee`` after Ctrl-C) does not stop the run."""
+    def say(self, text: str = "", end: str = "\n") -> None:
+        """Print one line, or its beginning, at once.
+
+        A reader that has gone away (``| tee`` after Ctrl-C) does not stop the run.
+        """
         try:
-            print(text, file=self._stream, flush=True)
+            print(text, end=end, file=self._stream, flush=True)
         except BrokenPipeError:
             # What is left in the stream's buffer would raise again when the interpreter exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -104,7 +103,9 @@ def _positive(text: str) -> int:
 def _hardware() -> list[tuple[str, str]]:
     import torch
 
-    rows = [("cpu", f"{_cpu_name()}, {os.cpu_count()} cores seen, torch uses {torch.get_num_threads()} threads")]
+    from pyfast_ppo.bench.machine import cpu_name
+
+    rows = [("cpu", f"{cpu_name()}, {os.cpu_count()} cores seen, torch uses {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = f"{device.total_memory / 2**30:.0f} GiB"
@@ -126,19 +127,9 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    from pyfast_ppo.bench.machine import version
 
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    return version(package) or "not installed"
 
 
 def _print_section(title: str, rows: list[tuple[str, str]]) -> None:

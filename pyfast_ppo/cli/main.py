@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from pyfast_ppo import __version__
-from pyfast_ppo.cli import doctor, kl_study, train
+from pyfast_ppo.cli import bench, doctor, kl_study, train
 from pyfast_ppo.cli.errors import UserError
 
 
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pyfast-ppo", description="PPO with a fused loss for rsl_rl.")
     parser.add_argument("--version", action="version", version=f"pyfast-ppo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, kl_study, doctor):
+    for module in (train, bench, kl_study, doctor):
         name = module.__name__.rpartition(".")[2].replace("_", "-")
         summary = module.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary)

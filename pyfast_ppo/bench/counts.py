@@ -1,0 +1,91 @@
+"""What one call does, counted with torch's profiler: launches, host syncs, and the memory that it holds at most."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+_GPU_LAUNCHES = (
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cudaMemcpyAsync",
+    "cudaMemsetAsync",
+    "cudaGraphLaunch",
+)
+_GPU_SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+_CPU_SYNC = "aten::_local_scalar_dense"
+_OPTIMIZER = (
+    "Optimizer.step#"  # on the CPU it reads its counters and rate, which on a GPU stay on one side or the other
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """See ``harness.METHOD`` for what is counted on which device."""
+
+    launches: int
+    syncs: int
+    peak_bytes: int
+
+
+def count(call: Callable[[], object], device: str) -> Counts:
+    """Counts one call, which should have been made before: a first call compiles, allocates and looks around."""
+    return _count_on_gpu(call) if device == "cuda" else _count_on_cpu(call)
+
+
+def _count_on_gpu(call: Callable[[], object]) -> Counts:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with _silent(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        call()
+    peak = torch.cuda.max_memory_allocated() - before
+    names = [event.name() for event in found.profiler.kineto_results.events()]
+    launches = sum(name in _GPU_LAUNCHES for name in names)
+    return Counts(launches, sum(name in _GPU_SYNCS for name in names), peak)
+
+
+def _count_on_cpu(call: Callable[[], object]) -> Counts:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    events = found.profiler.kineto_results.events()
+    operations = [e for e in events if e.name().startswith("aten::")]
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name().startswith(_OPTIMIZER)]
+    reads = [e.start_ns() for e in operations if e.name() == _CPU_SYNC]
+    syncs = sum(not any(start <= read <= end for start, end in steps) for read in reads)
+    return Counts(_leaves(operations), syncs, peak)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The profiler's library writes to the standard error by itself, past Python."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _leaves(operations: list) -> int:
+    """Operations with no other one inside of them."""
+    ordered = sorted(operations, key=lambda e: (e.start_thread_id(), e.start_ns(), -e.duration_ns()))
+    holding = sum(
+        a.start_thread_id() == b.start_thread_id() and b.start_ns() < a.start_ns() + a.duration_ns()
+        for a, b in pairwise(ordered)
+    )
+    return len(ordered) - holding

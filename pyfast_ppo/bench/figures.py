@@ -1,0 +1,169 @@
+"""Pictures of a result. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from pyfast_ppo.bench.tables import duration
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_GREY, _INK = "#d0d7de", "#24292f"
+_STYLES = {  # contender: colour, width, marker
+    "rsl_rl": ("#cf222e", 2.2, "o"),
+    "torch.compile": ("#d97706", 2.2, "s"),
+    "torch.compile, CUDA graph": ("#b45309", 1.8, "s"),
+    "skrl": ("#8250df", 1.2, "v"),
+    "rl_games": ("#7d4e1e", 1.2, "^"),
+    "TorchRL": ("#57606a", 1.2, "D"),
+    "Stable-Baselines3": ("#bf3989", 1.2, "P"),
+    "ppo_loss + backward": ("#54aeff", 1.6, "o"),
+    "ppo_loss_and_grad": ("#0550ae", 2.8, "o"),
+    "ppo_loss_and_grad, CUDA graph, cuda": ("#1a7f37", 2.8, "o"),
+    "ppo_loss_and_grad, CUDA graph, triton": ("#2da44e", 1.8, "s"),
+}
+_PARTS = {"act": "#54aeff", "process_env_step": "#a5d6ff", "compute_returns": "#1a7f37", "update": "#0550ae"}
+_PART_LABELS = {"process_env_step": "store the step"}
+
+
+def draw_loss(document: dict) -> bytes | None:
+    """Time against N and against A, with the bandwidth floor; None: there is nothing to be drawn."""
+    rows = [
+        row
+        for row in document["subjects"].get("loss", {}).get("rows", [])
+        if row["case"]["old_std"] == "[N, A]" and row["case"]["input sets"] > 1
+    ]
+    panels = [(x, fixed, sweep) for x, fixed in (("N", "A"), ("A", "N")) if len(sweep := _sweep(rows, x, fixed)) > 1]
+    if not panels:
+        return None
+    figure = _figure((10.5, 4.6))
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (x, fixed, sweep) in zip(grid, panels, strict=True):
+        _draw_sweep(axes, sweep, x)
+        axes.set_xlabel(("rows N" if x == "N" else "actions A") + f"   ({fixed} = {sweep[0]['case'][fixed]:,})")
+    grid[0].set_ylabel("loss and all gradients")
+    figure.suptitle(f"One mini-batch, {_where(document, 'loss')}", x=0.01, ha="left", fontsize=11, color=_INK)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _sweep(rows: list[dict], x: str, fixed: str) -> list[dict]:
+    """The rows with the most common value of ``fixed``, by ``x``."""
+    values = [row["case"][fixed] for row in rows]
+    common = max(set(values), key=lambda v: (len({r["case"][x] for r in rows if r["case"][fixed] == v}), v), default=0)
+    return sorted((row for row in rows if row["case"][fixed] == common), key=lambda row: row["case"][x])
+
+
+def _draw_sweep(axes: Axes, sweep: list[dict], x: str) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    at = [row["case"][x] for row in sweep]
+    floor = [row["floor"]["median_s"] for row in sweep]
+    names = {name: None for row in sweep for name in row["contenders"]}
+    last = sweep[-1]["contenders"]
+    for name in sorted(names, key=lambda name: -last.get(name, {"median_s": 0.0})["median_s"]):
+        points = [(row["case"][x], row["contenders"][name]) for row in sweep if name in row["contenders"]]
+        color, width, marker = _STYLES.get(name, (_INK, 1.2, "x"))
+        place = [p for p, _ in points]
+        axes.fill_between(
+            place,
+            [e["p10_s"] for _, e in points],
+            [e["p90_s"] for _, e in points],
+            color=color,
+            alpha=0.13,
+            linewidth=0,
+        )
+        axes.plot(
+            place,
+            [e["median_s"] for _, e in points],
+            color=color,
+            linewidth=width,
+            marker=marker,
+            markersize=3.5 + width / 2,
+            label=name,
+        )
+    axes.plot(
+        at, floor, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), label="bandwidth floor:\na copy of as many bytes"
+    )
+    axes.set(xscale="log", yscale="log")
+    axes.fill_between(at, floor, axes.get_ylim()[0], color=_GREY, alpha=0.5, linewidth=0)
+    axes.set_xticks(at, [f"{value:,}" for value in at])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", length=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: duration(seconds)))
+    axes.grid(color=_GREY, linewidth=0.6)
+    axes.margins(x=0.04)
+    axes.set_axisbelow(True)
+
+
+def draw_iteration(document: dict) -> bytes | None:
+    """Where an iteration's time goes, a bar for each contender and a panel for each size; None: nothing there."""
+    rows = document["subjects"].get("update", {}).get("rows", [])
+    sizes = {row["case"]["size"]: None for row in rows}
+    if not sizes:
+        return None
+    figure = _figure((10.5, 0.9 + 1.9 * len(sizes)))
+    for axes, size in zip(figure.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
+        _draw_parts(axes, size, {r["case"]["part"]: r for r in rows if r["case"]["size"] == size})
+    axes.set_xlabel("milliseconds of one iteration, without the environment's steps")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=9)
+    figure.suptitle(f"One iteration, {_where(document, 'update')}", x=0.01, ha="left", fontsize=11, color=_INK)
+    return _png(figure)
+
+
+def _draw_parts(axes: Axes, size: str, by_part: dict[str, dict]) -> None:
+    whole = by_part["iteration"]["contenders"]
+    names = list(whole)
+    left = [0.0] * len(names)
+    for part, color in _PARTS.items():
+        widths = [1e3 * by_part[part]["contenders"][name]["median_s"] for name in names]
+        axes.barh(names, widths, left=left, color=color, height=0.72, label=_PART_LABELS.get(part, part))
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for at, name in enumerate(names):
+        entry = whole[name]
+        faster = "" if name == by_part["iteration"]["baseline"] else f"   {entry['times_faster']:.2f}x"
+        axes.text(left[at], at, f"  {duration(entry['median_s'])}{faster}", va="center", fontsize=9, color=_INK)
+    axes.invert_yaxis()
+    axes.set_title(size.replace("_", " "), loc="left", fontsize=10, color=_INK)
+    axes.set_xlim(0.0, 1.18 * max(left))
+    axes.grid(axis="x", color=_GREY, linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set_axisbelow(True)
+
+
+FIGURES = {"loss": draw_loss, "iteration": draw_iteration}
+
+
+def draw(document: dict) -> dict[str, bytes]:
+    """Each picture that there is something for, by its name, as PNG."""
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        images = {name: function(document) for name, function in FIGURES.items()}
+    return {name: image for name, image in images.items() if image is not None}
+
+
+def _where(document: dict, subject: str) -> str:
+    about = document["machine"]
+    hardware = about["gpu"] if about["device"] == "cuda" else f"{about['cpu']}, {about['threads']} threads"
+    return f"{hardware}, torch {about['torch']}, {document['subjects'][subject]['date']}"
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    return image.getvalue()

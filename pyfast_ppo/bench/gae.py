@@ -1,0 +1,104 @@
+"""Generalised advantage estimation with normalisation: pyfast_ppo against rsl_rl's loop over the steps, and others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import pyfast_ppo
+from pyfast_ppo.bench import results, rivals
+from pyfast_ppo.bench.counts import count
+from pyfast_ppo.bench.harness import Contender, Options, able, copy_of, interleave, size_of
+from pyfast_ppo.bench.loss import gpu_backends
+from pyfast_ppo.bench.stock import GAMMA, LAM, stock_gae
+
+BASELINE, COMPILED, OURS = "rsl_rl", "torch.compile", "gae"
+_NUM_SETS = 8
+
+
+class Case(NamedTuple):
+    """Steps T, environments E."""
+
+    num_steps: int
+    num_envs: int
+
+    def __str__(self) -> str:
+        return f"T = {self.num_steps}, E = {self.num_envs:,}"
+
+
+class Rollout(NamedTuple):
+    """As rsl_rl stores it."""
+
+    rewards: Tensor  # [T, E, 1]
+    values: Tensor  # [T, E, 1]
+    dones: Tensor  # [T, E, 1], bytes
+    last_values: Tensor  # [E, 1]
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """Isaac Lab's, and a larger one."""
+    return [Case(24, 4096)] if quick else [Case(24, 4096), Case(16, 4096), Case(64, 8192)]
+
+
+def make_rollout(case: Case, seed: int, device: str) -> Rollout:
+    """Random numbers; one step in fifty ends an episode."""
+    g = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, case.num_steps, case.num_envs, 1, generator=g)
+    dones = (torch.rand(case.num_steps, case.num_envs, 1, generator=g) < 0.02).byte()
+    last_values = torch.randn(case.num_envs, 1, generator=g)
+    return Rollout(*(t.to(device) for t in (rewards, values, dones, last_values)))
+
+
+def fused(*rollout: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Advantages, normalised, and returns."""
+    return pyfast_ppo.gae(*rollout, GAMMA, LAM, normalize=True, backend=backend)
+
+
+def measure(case: Case, options: Options) -> list[dict]:
+    """One row."""
+    rollouts = [make_rollout(case, seed, options.device) for seed in range(_NUM_SETS)]
+    for ours, stock in zip(fused(*rollouts[0]), stock_gae(*rollouts[0]), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    others, not_there = rivals.gaes(rollouts) if options.rivals else ({}, {})
+    kept, skipped = able(contenders(rollouts, options, others))
+    first = rollouts[0]
+    moved = size_of(*first, first.rewards, first.rewards)  # the last two are written
+    timings = interleave(kept | {"floor": copy_of(moved, _NUM_SETS, options.device)}, _NUM_SETS, options)
+    floor = timings.pop("floor")
+    counts = {name: count(lambda c=c: c.call(0), options.device) for name, c in kept.items() if not c.captured}
+    described = {"T": case.num_steps, "E": case.num_envs}
+    return [
+        results.make_row(
+            described,
+            BASELINE,
+            [name for name in timings if name.startswith(OURS)],
+            timings,
+            counts=counts,
+            skipped=not_there | skipped,
+            moved=moved,
+            floor=floor,
+        )
+    ]
+
+
+def contenders(rollouts: list[Rollout], options: Options, others: rivals.Calls) -> dict[str, Contender]:
+    """By name."""
+
+    def with_rollout(function: Callable[..., object], **arguments: object) -> Callable[[int], object]:
+        return lambda i: function(*rollouts[i % len(rollouts)], **arguments)
+
+    found = {BASELINE: Contender(with_rollout(stock_gae), optional=False)}
+    compiled = with_rollout(torch.compile(stock_gae, dynamic=False))
+    found[COMPILED] = Contender(compiled)
+    if options.device == "cuda":
+        found[f"{COMPILED}, CUDA graph"] = Contender(compiled, captured=True)
+    found |= {name: Contender(call) for name, call in others.items()}
+    found[OURS] = Contender(with_rollout(fused), optional=False)
+    if options.device == "cuda":
+        for name in gpu_backends():
+            found[f"{OURS}, CUDA graph, {name}"] = Contender(with_rollout(fused, backend=name), captured=True)
+    return found

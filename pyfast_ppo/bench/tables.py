@@ -1,0 +1,60 @@
+"""Rows of a result as text: one block per case, one line per contender."""
+
+from __future__ import annotations
+
+_COLUMNS = ("", "median", "10th to 90th", "x faster", "GB/s", "launches", "syncs", "peak MB")
+
+
+def blocks(rows: list[dict]) -> list[str]:
+    """Lines of all rows of a subject."""
+    lines = []
+    for row in rows:
+        body = [_cells(name, entry) for name, entry in row["contenders"].items()]
+        if "floor" in row:
+            body.append(_cells("copy of as many bytes", row["floor"]))
+        used = [i for i in range(len(_COLUMNS)) if i == 0 or any(cells[i] for cells in body)]
+        table = [_COLUMNS, *body]
+        widths = {i: max(len(cells[i]) for cells in table) for i in used}
+        lines.append(described(row["case"]))
+        for cells in table:
+            padded = [cells[0].ljust(widths[0]), *(cells[i].rjust(widths[i]) for i in used[1:])]
+            lines.append(("  " + "  ".join(padded)).rstrip())
+        lines += [f"  {name}: {reason}" for name, reason in row["skipped"].items()]
+        lines.append("")
+    return lines
+
+
+def _cells(name: str, entry: dict) -> tuple[str, ...]:
+    low, high = duration(entry["p10_s"]), duration(entry["p90_s"])
+    return (
+        name,
+        duration(entry["median_s"]),
+        f"{low} to {high}",
+        f"{entry['times_faster']:.2f}" if "times_faster" in entry else "",
+        f"{entry['gb_per_s']:.1f}" if "gb_per_s" in entry else "",
+        f"{entry['launches']:,}" if "launches" in entry else "",
+        f"{entry['syncs']:,}" if "syncs" in entry else "",
+        f"{entry['peak_bytes'] / 1e6:.2f}" if "peak_bytes" in entry else "",
+    )
+
+
+def summary(row: dict) -> str:
+    """A row in one line: the fastest of ours, and the others by how much slower they are."""
+    entries = row["contenders"]
+    best = min(row["ours"], key=lambda name: entries[name]["median_s"])
+    text = f"{best} {duration(entries[best]['median_s'])}"
+    others = [name for name in entries if name not in row["ours"]]
+    shown = [name for name in others if name == row["baseline"] or "compile" in name or "torch" in name]
+    return ", ".join([text, *(f"{entries[n]['median_s'] / entries[best]['median_s']:.1f}x {n}" for n in shown)])
+
+
+def described(case: dict) -> str:
+    """A case in one line."""
+    return ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in case.items())
+
+
+def duration(seconds: float) -> str:
+    """Three digits, in a unit that fits."""
+    unit, factor = ("s", 1.0) if seconds >= 1.0 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+    value = seconds * factor
+    return f"{value:.0f} {unit}" if value >= 100.0 else f"{value:.3g} {unit}"

@@ -1,0 +1,269 @@
+"""Measure loss, returns, update and iteration on this machine, against rsl_rl, torch.compile and other libraries."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyfast_ppo.bench.sizes import SIZES
+from pyfast_ppo.cli.console import Console, clock
+from pyfast_ppo.cli.errors import UserError
+from pyfast_ppo.cli.files import check_writable, write_atomically
+
+if TYPE_CHECKING:
+    from pyfast_ppo.bench.harness import Options
+
+SUBJECTS = ("loss", "gae", "kl", "update")
+QUICK_SUBJECTS = ("loss", "gae", "update")
+RESULTS = "results.json"
+_SECONDS, _QUICK_SECONDS = 8.0, 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: under a minute on two cores")
+    parser.add_argument(
+        "--subjects",
+        nargs="+",
+        choices=SUBJECTS,
+        metavar="NAME",
+        help=f"some of: {', '.join(SUBJECTS)} (all; with --quick {', '.join(QUICK_SUBJECTS)})",
+    )
+    parser.add_argument("--out", metavar="DIR", help="where the files go (bench-<machine>-<date>)")
+    add_measuring_arguments(parser, with_sizes=True)
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser, with_sizes: bool) -> None:
+    """Flags that the scripts in bench/ have, too."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="what to measure (cuda, if there is a GPU)")
+    parser.add_argument(
+        "--seconds",
+        type=_positive_float,
+        metavar="S",
+        help=f"for the rounds of one case, about ({_SECONDS:g}; with --quick {_QUICK_SECONDS:g})",
+    )
+    if with_sizes:
+        parser.add_argument(
+            "--sizes",
+            nargs="+",
+            choices=SIZES,
+            metavar="SIZE",
+            help=f"tasks whose update is measured, some of: {', '.join(SIZES)} (on a GPU all; on the CPU the first two,"
+            " the others take minutes there; with --quick the first)",
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write. Returns 0; 130 when it was stopped, with what was measured until then written.
+
+    Raises:
+        UserError: An argument is wrong, or something is missing.
+    """
+    subjects = args.subjects or (QUICK_SUBJECTS if args.quick else SUBJECTS)
+    if args.sizes and "update" not in subjects:
+        raise UserError("--sizes is about the update; add it to --subjects, or leave --sizes out.")
+    options = _options(args)
+    subjects = _with_what_it_takes(subjects, asked_for=args.subjects is not None)
+    from pyfast_ppo.bench import results
+
+    document = results.new_document(options.device)
+    out = _make_directory(args.out, document)
+    console = Console()
+    _say_machine(console, document["machine"])
+
+    def save() -> None:
+        write_atomically(out / RESULTS, results.dumps(document))
+
+    stopped = _measure_all(console, document, subjects, options, args.sizes, save)
+    if not document["subjects"]:
+        console.say("Nothing was measured.")
+        return 130
+    _say_tables(console, document)
+    console.say(f"How it was measured:\n{document['method']}\n")
+    written = [RESULTS, *_draw(console, document, out)]
+    console.say(f"Written to {out}: {', '.join(written)}")
+    return 130 if stopped else 0
+
+
+def script(subject: str, description: str, folder: Path) -> dict:
+    """Run one of the scripts in bench/: one subject, printed, and with ``--save`` kept in ``folder``.
+
+    Returns:
+        The document, for what a script has to say about it.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        const="",
+        metavar="MACHINE",
+        help=f"also write {folder.name}/MACHINE/<date>.json, beside other subjects of that day (MACHINE: the hardware)",
+    )
+    add_measuring_arguments(parser, with_sizes=subject == "update")
+    args = parser.parse_args()
+    try:
+        options = _options(args)
+    except UserError as error:
+        parser.error(str(error))
+    from pyfast_ppo.bench import results
+
+    document = results.new_document(options.device)
+    console = Console()
+    _say_machine(console, document["machine"])
+    stopped = _measure_all(console, document, (subject,), options, getattr(args, "sizes", None), lambda: None)
+    _say_tables(console, document)
+    if args.save is not None and not stopped:
+        console.say(f"written: {keep(document, folder, args.save)}")
+    if stopped:
+        raise SystemExit(130)
+    return document
+
+
+def keep(document: dict, folder: Path, name: str) -> Path:
+    """Writes the subjects of a document into the file of this machine and date, beside those that it has.
+
+    A file of that name that was measured with other hardware or versions is left alone: the new one gets a number.
+    """
+    from pyfast_ppo.bench import machine, results
+
+    directory = folder / (name or machine.short_name(document["machine"]))
+    directory.mkdir(parents=True, exist_ok=True)
+    number, kept = 1, document
+    while (path := directory / f"{document['date']}{f'-{number}' if number > 1 else ''}.json").exists():
+        found = results.load(path)
+        if found["machine"] == document["machine"]:
+            kept = {**document, "subjects": {**found["subjects"], **document["subjects"]}}
+            break
+        number += 1
+    write_atomically(path, results.dumps(kept))
+    return path
+
+
+def _options(args: argparse.Namespace) -> Options:
+    import torch
+
+    from pyfast_ppo.bench.harness import Options
+
+    there = torch.cuda.is_available()
+    if args.device == "cuda" and not there:
+        raise UserError(
+            "--device cuda cannot be used: torch sees no GPU here; see pyfast-ppo doctor, or use --device cpu."
+        )
+    device = args.device or ("cuda" if there else "cpu")
+    return Options(device, args.quick, args.seconds or (_QUICK_SECONDS if args.quick else _SECONDS))
+
+
+def _with_what_it_takes(subjects: Iterable[str], asked_for: bool) -> list[str]:
+    """The subjects that can run: an update is one of rsl_rl."""
+    subjects = list(dict.fromkeys(subjects))
+    if "update" in subjects and importlib.util.find_spec("rsl_rl") is None:
+        sentence = "the update needs rsl_rl; install with: pip install rsl-rl-lib"
+        if asked_for:
+            raise UserError(f"{sentence}, or leave it out of --subjects.")
+        print(f"Without the update: {sentence}", flush=True)
+        subjects.remove("update")
+    return subjects
+
+
+def _make_directory(given: str | None, document: dict) -> Path:
+    from pyfast_ppo.bench.machine import short_name
+
+    name = f"bench-{short_name(document['machine'])}-{document['date']}"
+    path, number = Path(given or name), 1
+    while given is None and path.exists():
+        number += 1
+        path = Path(f"{name}-{number}")
+    if (path / RESULTS).exists():
+        raise UserError(f"{path} already holds a result; choose another --out.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path} ({error.strerror}); choose another --out.") from error
+    check_writable(path)
+    return path
+
+
+def _measure_all(
+    console: Console,
+    document: dict,
+    subjects: Iterable[str],
+    options: Options,
+    sizes: list[str] | None,
+    save: Callable[[], None],
+) -> bool:
+    """Adds rows to the document, case by case. Returns whether Ctrl-C ended it early."""
+    from pyfast_ppo.bench import results, tables
+
+    start = time.perf_counter()
+    modules = {name: importlib.import_module(f"pyfast_ppo.bench.{name}") for name in subjects}
+    work = [(name, module, case) for name, module in modules.items() for case in _cases(name, module, options, sizes)]
+    try:
+        for number, (name, module, case) in enumerate(work, 1):
+            at = clock(time.perf_counter() - start)
+            console.say(f"[{number}/{len(work)} {at}] {name}: {case} ... ", end="")
+            rows = module.measure(case, options)
+            results.add(document, name, rows)
+            save()
+            console.say(tables.summary(rows[-1]))
+    except KeyboardInterrupt:
+        console.say(f"stopped; {'what was measured until here' if document['subjects'] else 'nothing'} is kept")
+        return True
+    finally:
+        console.say()
+    return False
+
+
+def _cases(name: str, module, options: Options, sizes: list[str] | None) -> list:
+    if name == "update" and sizes:
+        return sizes
+    return module.cases(options.device, options.quick)
+
+
+def _say_machine(console: Console, about: dict) -> None:
+    from pyfast_ppo.bench.machine import LIBRARIES
+
+    rows = {key: value for key, value in about.items() if isinstance(value, str | int)}
+    rows |= {f"backend {name}": detail for name, detail in about["backends"].items()}
+    rows["libraries"] = ", ".join(f"{name} {version}" for name, version in about["libraries"].items())
+    missing = [name for name in LIBRARIES if name not in about["libraries"]]
+    if missing:
+        rows["not installed"] = ", ".join(missing)
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        console.say(f"{name:<{width}}  {text}")
+    console.say()
+
+
+def _say_tables(console: Console, document: dict) -> None:
+    from pyfast_ppo.bench import tables
+
+    for name, entry in document["subjects"].items():
+        console.say(f"--- {name} " + "-" * 80)
+        for line in tables.blocks(entry["rows"]):
+            console.say(line)
+
+
+def _draw(console: Console, document: dict, out: Path) -> list[str]:
+    """Writes the pictures. Returns their names."""
+    if importlib.util.find_spec("matplotlib") is None:
+        console.say("No figure: it needs matplotlib; install with: pip install 'pyfast-ppo[gym]'")
+        return []
+    from pyfast_ppo.bench import figures
+
+    images = {f"{name}.png": image for name, image in figures.draw(document).items()}
+    for name, image in images.items():
+        write_atomically(out / name, image)
+    return list(images)
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be positive")
+    return value

@@ -1,0 +1,80 @@
+"""Turns, rounds, ratios; what is left out; what is counted."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from pyfast_ppo.bench import harness
+from pyfast_ppo.bench.counts import Counts, count
+from pyfast_ppo.bench.harness import Contender, Options, Timing, able, interleave
+
+
+def test_turns_are_reversed_every_other_round_and_input_sets_rotate():
+    order: list[tuple[str, int]] = []
+    contenders = {name: Contender(lambda i, name=name: order.append((name, i))) for name in "ab"}
+    timings = interleave(contenders, 4, Options(seconds=1e-9))
+    turns = [order[i] for i in range(0, len(order), harness.CALLS_PER_TURN)]
+    rounds = harness.WARMUP_ROUNDS + harness.MIN_ROUNDS
+    assert [name for name, _ in turns] == (list("ba") + list("ab")) * (rounds // 2) + list("ba")
+    assert [i for _, i in order[: harness.CALLS_PER_TURN]] == list(range(harness.CALLS_PER_TURN))
+    assert [len(t.seconds) for t in timings.values()] == [harness.MIN_ROUNDS] * 2  # the first rounds do not count
+
+
+def test_time_decides_how_many_rounds():
+    quick = {"a": Contender(lambda i: None)}
+    assert len(interleave(quick, 1, Options(seconds=1.0))["a"].seconds) == harness.MAX_ROUNDS
+
+
+def test_times_are_those_of_the_calls():
+    contenders = {"slow": Contender(lambda i: time.sleep(2e-3)), "fast": Contender(lambda i: None)}
+    timings = interleave(contenders, 1, Options(seconds=1e-9))
+    assert timings["slow"].median >= 2e-3 > timings["fast"].median
+    assert timings["fast"].times_faster_than(timings["slow"]) > 1.0
+
+
+def test_ratio_is_taken_within_rounds():
+    """A machine that is slow for a while is slow for both: the medians' ratio would be 1."""
+    ours, other = Timing([1.0, 10.0, 2.0]), Timing([2.0, 20.0, 4.0])
+    assert ours.times_faster_than(other) == 2.0
+    assert Timing([5.0, 1.0, 3.0, 2.0, 4.0]).percentile(0.1) == 1.0
+    assert Timing([5.0, 1.0, 3.0, 2.0, 4.0]).percentile(0.9) == 5.0
+
+
+def test_optional_contender_that_fails_is_left_out_with_its_reason():
+    def fail(i):
+        raise ValueError("one line\nanother")
+
+    fine = Contender(lambda i: None, optional=False)
+    kept, skipped = able({"fine": fine, "odd": Contender(fail)})
+    assert kept == {"fine": fine}
+    assert skipped == {"odd": "ValueError: one line"}
+    with pytest.raises(ValueError, match="one line"):
+        able({"needed": Contender(fail, optional=False)})
+
+
+def test_counts_of_operations_reads_and_memory(capfd):
+    x = torch.ones(1000)
+
+    def call():
+        y = x + 1.0
+        y = y * 2.0
+        return y.sum().item()
+
+    found = count(call, "cpu")
+    assert found.syncs == 1
+    assert found.launches >= 4  # add, mul, sum, the read, and what they are made of
+    assert found.launches == count(call, "cpu").launches
+    assert 8000 <= found.peak_bytes < 9000  # the second product is made while the first sum is still there
+    assert count(lambda: None, "cpu") == Counts(0, 0, 0)
+    assert capfd.readouterr().err == ""  # the profiler writes there, past Python
+
+
+def test_reads_of_an_optimizer_are_not_counted():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = torch.optim.Adam([parameter], lr=torch.tensor(0.1), fused=True)
+    optimizer.step()
+    assert count(optimizer.step, "cpu").syncs == 0

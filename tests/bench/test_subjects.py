@@ -1,0 +1,141 @@
+"""Each subject measures: rows in the documented form, the contenders that there should be, and what it needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from pyfast_ppo.bench import gae, kl, loss, results, rivals, stock, synthetic, update
+from pyfast_ppo.bench.harness import Options
+from pyfast_ppo.bench.sizes import SIZES, Size
+
+OPTIONS = Options(seconds=1e-9)
+SMALL = Size(64, 8, 4, 2, (16, 16))
+TORCH_ONLY = "pyfast_ppo.bench.torch_only:TorchOnlyPPO"
+
+
+@pytest.fixture(autouse=True)
+def no_rivals(monkeypatch):
+    monkeypatch.setattr(rivals, "version", lambda package: None)
+
+
+def checked(subject: str, rows: list[dict]) -> dict:
+    document = results.new_document("cpu")
+    results.add(document, subject, rows)
+    assert results.fault_of(document) is None
+    return rows[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "case", "ours"),
+    [
+        (loss, loss.Case(64, 3, True, 2), ["ppo_loss + backward", "ppo_loss_and_grad"]),
+        (loss, loss.Case(64, 3, False, 1), ["ppo_loss + backward", "ppo_loss_and_grad"]),
+        (gae, gae.Case(5, 16), ["gae"]),
+        (kl, kl.Case(64, 3), ["gaussian_log_prob + loss", "gaussian_loss"]),
+    ],
+)
+def test_operation(module, case, ours, no_compiler):
+    row = checked(module.__name__, module.measure(case, OPTIONS))
+    assert sorted(row["ours"]) == ours
+    assert set(row["contenders"]) == {row["baseline"], *ours}
+    assert row["skipped"]["torch.compile"] == "RuntimeError: no compiler here"
+    assert all("launches" in entry and entry["peak_bytes"] > 0 for entry in row["contenders"].values())
+    if module is not kl:
+        assert row["floor"]["median_s"] > 0.0
+        assert "not installed" in row["skipped"]["skrl"]
+
+
+def test_bytes_are_each_input_once_and_each_gradient_once(no_compiler):
+    [row] = loss.measure(loss.Case(64, 3, True, 1), OPTIONS)
+    inputs = 64 * (4 * 3 + 5) + 3  # mean, actions, old_mean, old_std; five columns; std
+    assert row["bytes"] == 4 * (inputs + 64 * (3 + 1) + 3)
+
+
+def test_compiled_contender_is_there(eager_compiler):
+    [row] = loss.measure(loss.Case(64, 3, True, 1), OPTIONS)
+    assert "torch.compile" in row["contenders"]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_cases(quick):
+    for module in (loss, gae, kl, update):
+        for device in ("cpu", "cuda"):
+            cases = module.cases(device, quick)
+            assert len(cases) == len(set(cases)) >= 1
+    assert {"N = 24,576", "A = 12"} <= set(", ".join(map(str, loss.cases("cpu", quick))).split(", "))
+    assert set(update.cases("cuda", False)) == set(SIZES)
+
+
+def test_rows_at_the_edge_of_the_clip_are_moved_off_it():
+    """This seed has one; there, rounding decides about the gradient."""
+    loss.check_agreement(stock.make_mini_batch(4096, 12, True, 0))
+
+
+def test_disagreement_stops_the_measurement(monkeypatch):
+    monkeypatch.setitem(stock.COEFFICIENTS, "clip_param", 0.3)  # of ours; the stock's default is bound
+    with pytest.raises((AssertionError, RuntimeError)):
+        loss.check_agreement(stock.make_mini_batch(256, 3, True, 0))
+
+
+# --- update -----------------------------------------------------------------------------------------------------------
+
+
+def test_update(monkeypatch, no_compiler):
+    monkeypatch.setitem(update.SIZES, "small", SMALL)
+    rows = update.measure("small", OPTIONS)
+    checked("update", rows)
+    assert [row["case"]["part"] for row in rows] == [*update.PARTS, "iteration"]
+    assert all(set(row["contenders"]) == {"rsl_rl", "FusedPPO"} for row in rows)
+    assert set(rows[0]["skipped"]) == {"rsl_rl compiled", "torch only"}
+    parts = {row["case"]["part"]: row["contenders"] for row in rows}
+    for name in ("rsl_rl", "FusedPPO"):
+        whole = sum(parts[part][name]["seconds"][0] for part in update.PARTS)
+        assert parts["iteration"][name]["seconds"][0] == pytest.approx(whole, rel=1e-2)
+        assert parts["act"][name]["launches"] % SMALL.num_steps == 0
+    stock_update, fused_update = (parts["update"][name] for name in ("rsl_rl", "FusedPPO"))
+    assert stock_update["syncs"] >= 20 * 4  # three losses and a branch on the KL in each mini-batch
+    assert fused_update["syncs"] == 0
+    assert "launches" not in parts["iteration"]["rsl_rl"]
+
+
+def test_torch_only_contender_computes_what_the_stock_does(eager_compiler):
+    parameters, rates, losses = [], [], []
+    for algorithm in ("PPO", TORCH_ONLY):
+        runner = synthetic.make_runner(SMALL, "cpu", algorithm)
+        found: dict[str, dict] = {}
+
+        def around(part, work, found=found):
+            found[part] = out = work()
+            return out
+
+        for seed in range(2):
+            torch.manual_seed(seed)
+            update.iterate(runner, around)
+        modules = (runner.alg.actor, runner.alg.critic)
+        parameters.append(torch.cat([p.detach().flatten() for m in modules for p in m.parameters()]))
+        rates.append(runner.alg.learning_rate)
+        losses.append(found["update"])
+    torch.testing.assert_close(*parameters, rtol=1e-4, atol=1e-5)
+    assert rates[1] == pytest.approx(rates[0]) and rates[0] != 1e-3  # the rule has acted
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-5)
+
+
+def test_loss_and_gae_run_without_rsl_rl():
+    code = """
+        import sys
+        from importlib.abc import MetaPathFinder
+        class Missing(MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("rsl_rl", "matplotlib", "gymnasium"):
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Missing())
+        from pyfast_ppo.bench import gae, kl, loss, figures, compare
+        from pyfast_ppo.bench.stock import make_mini_batch
+        loss.check_agreement(make_mini_batch(64, 3, True, 0))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
