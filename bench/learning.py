@@ -40,8 +40,8 @@ class Budget:
 
 
 TASKS = {
-    "Hopper-v5": Budget(num_envs=32, iterations=63),  # episodes end by falling
-    "HalfCheetah-v5": Budget(num_envs=32, iterations=63),  # episodes end by the time limit alone, after 1000 steps
+    "Hopper-v5": Budget(num_envs=32, iterations=42),  # episodes end by falling
+    "HalfCheetah-v5": Budget(num_envs=32, iterations=55),  # episodes end by the time limit alone, after 1000 steps
     "Isaac-Cartpole-Direct": Budget(num_envs=512, iterations=60),
 }
 
