@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -123,7 +124,10 @@ class _RunningPair:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(result.with_suffix(".log"), "wb") as log:
             # a session of its own: Ctrl-C in the terminal comes to this process, which ends the runs
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            try:
+                return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            except OSError as error:
+                raise RunError(f"{self.pair.python} cannot be started: {error.strerror}") from error
 
     def has_ended(self) -> bool:
         """Whether both runs are done.
@@ -160,7 +164,8 @@ def _core_pairs() -> list[tuple[int, int]]:
 
 
 def exit_status(program: Callable[[], int]) -> int:
-    """Run it, and say in a sentence what ended it early."""
+    """Run it, and say in a sentence what ended it early. SIGTERM ends it as Ctrl-C does: with the runs it started."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return program()
     except RunError as error:
@@ -169,3 +174,5 @@ def exit_status(program: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the pairs that are missing", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)

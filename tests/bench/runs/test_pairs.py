@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,17 +15,21 @@ from runs.pairs import Pair, RunError, gather, load, result_path, run_pairs
 from runs.training import Spec
 
 STAND_IN = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
 with open(pathlib.Path(sys.argv[1]).with_name("started"), "a") as file:
     file.write(f"{spec['arm']} {spec['seed']} {sys.argv[3]}\\n")
 if spec["seed"] == 13:
     sys.exit("the simulator has exploded")
+if spec["seed"] == 14:
+    time.sleep(60)
 record = {"episodes": [1], "mean_return": [1.0]}
 config = {"seed": spec["seed"], "algorithm": {"class_name": spec["arm"]}}
 result = {"spec": spec, "record": record, "config": config, "made_with": {"torch": "2"}}
 pathlib.Path(sys.argv[2]).write_text(json.dumps(result))
 """
+
+FAILS, SLEEPS = 13, 14  # seeds
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +78,7 @@ def test_a_result_of_another_budget_or_a_damaged_one_does_not_count(tmp_path: Pa
 
 def test_a_run_that_fails_is_told_with_its_words_and_keeps_the_others(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the simulator has exploded"):
-        run_pairs([pair(1), pair(13)], tmp_path)
+        run_pairs([pair(1), pair(FAILS)], tmp_path)
     assert load(tmp_path, pair(1).spec) is not None
 
 
@@ -89,6 +95,22 @@ def test_runs_of_other_versions_or_configs_are_not_compared(tmp_path: Path) -> N
             gather(two, tmp_path)
 
 
-def test_a_pair_in_progress_is_ended_with_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs._RunningPair, "has_ended", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert pairs.exit_status(lambda: run_pairs([pair(1)], tmp_path)) == 130
+def test_an_interpreter_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="/no/python cannot be started: No such file"):
+        run_pairs([Pair(pair(1).spec, "/no/python")], tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_runs_in_progress_are_ended_with_the_program(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started_pairs = []
+
+    def ended(running: pairs._RunningPair) -> bool:
+        started_pairs.append(running)
+        os.kill(os.getpid(), number)
+        return False
+
+    monkeypatch.setattr(pairs._RunningPair, "has_ended", ended)
+    assert pairs.exit_status(lambda: run_pairs([pair(SLEEPS)], tmp_path)) == 130
+    assert {process.returncode for process in started_pairs[0]._processes.values()} == {-signal.SIGKILL}
