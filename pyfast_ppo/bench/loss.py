@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 
 _MINI_BATCH, _ACTIONS = 24_576, 12  # Anymal's
-_QUICK = [Case(4_096, 12), Case(_MINI_BATCH, 12), Case(_MINI_BATCH, 37), Case(_MINI_BATCH, 12, num_sets=1)]
+_QUICK = [Case(4_096, 12), Case(_MINI_BATCH, 12), Case(_MINI_BATCH, 37)]
 _GPU_BYTES_IN_TURN = 200e6  # more than the second-level cache holds
 
 

@@ -80,6 +80,9 @@ def _runners(size: Size, options: Options) -> tuple[dict[str, OnPolicyRunner], d
     if options.device == "cuda":
         wanted[f"{OURS}, CUDA graph"] = (fused, None, {"cuda_graph": True})
     runners, skipped = {}, {}
+    if options.quick:
+        del wanted[COMPILED]
+        skipped[COMPILED] = "compiles for too long to be --quick"
     for name, (algorithm, mode, arguments) in wanted.items():
         try:
             runner = make_runner(size, options.device, algorithm, mode, **arguments)

@@ -8,6 +8,8 @@ called with an object that has the agent's attributes. Nothing is copied but the
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -30,24 +32,27 @@ NOTE = (
 
 
 class _Outputs(torch.nn.Module):
-    """Stands in for the network; its last lines spread the std over the rows."""
-
-    def __init__(self, batch: MiniBatch, log_std: Tensor) -> None:
-        super().__init__()
-        self._given = batch.mean, log_std, batch.values
+    """Stands in for the network; its last line spreads the std over the rows, as that of rl_games' own."""
 
     def forward(self, inputs: dict) -> tuple[Tensor, Tensor, Tensor, None]:
-        mu, sigma, value = self._given
+        mu, sigma, value = inputs["obs"]
         return mu, mu * 0 + sigma, value, None
+
+
+@functools.cache
+def _model() -> Callable[[dict], dict]:
+    """One for all input sets: the compiler sees the same code each time."""
+    network = ModelA2CContinuousLogStd.Network(
+        _Outputs(), obs_shape=(1,), normalize_value=False, normalize_input=False, value_size=1
+    )
+    return torch.compile(network, mode="default")
 
 
 def make_loss(batch: MiniBatch, clip_value: bool) -> LossAndLeaves:
     """rl_games' loss on this batch."""
     log_std = log_of(batch.std)
-    network = ModelA2CContinuousLogStd.Network(
-        _Outputs(batch, log_std), obs_shape=(1,), normalize_value=False, normalize_input=False, value_size=1
-    )
-    model = torch.compile(network, mode="default")
+    outputs = batch.mean, log_std, batch.values
+    model = _model()
     agent = SimpleNamespace(
         ppo=True,
         has_value_loss=True,
@@ -63,7 +68,7 @@ def make_loss(batch: MiniBatch, clip_value: bool) -> LossAndLeaves:
     old_sigma = batch.old_std.expand_as(batch.old_mean)
 
     def loss() -> Tensor:
-        found = model({"is_train": True, "prev_actions": batch.actions, "obs": batch.actions})
+        found = model({"is_train": True, "prev_actions": batch.actions, "obs": outputs})
         total, *_ = A2CAgent.calc_losses(
             agent,
             common_losses.actor_loss,
@@ -82,7 +87,7 @@ def make_loss(batch: MiniBatch, clip_value: bool) -> LossAndLeaves:
             torch_ext.policy_kl(found["mus"].detach(), found["sigmas"].detach(), batch.old_mean, old_sigma, True)
         return total
 
-    return LossAndLeaves(loss, (batch.mean, log_std, batch.values), std_is_logarithm=True)
+    return LossAndLeaves(loss, outputs, std_is_logarithm=True)
 
 
 def make_gae(rollout):
