@@ -22,9 +22,7 @@ _GPU_LAUNCHES = (
 )
 _GPU_SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 _CPU_SYNC = "aten::_local_scalar_dense"
-_OPTIMIZER = (
-    "Optimizer.step#"  # on the CPU it reads its counters and rate, which on a GPU stay on one side or the other
-)
+_READS_ON_THE_CPU_ONLY = ("Optimizer.step#", "aten::std")  # what they read there is no wait where there is a GPU
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,11 @@ def _count_on_cpu(call: Callable[[], object]) -> Counts:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name().startswith(_OPTIMIZER)]
+    free = [
+        (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name().startswith(_READS_ON_THE_CPU_ONLY)
+    ]
     reads = [e.start_ns() for e in operations if e.name() == _CPU_SYNC]
-    syncs = sum(not any(start <= read <= end for start, end in steps) for read in reads)
+    syncs = sum(not any(start <= read <= end for start, end in free) for read in reads)
     return Counts(_leaves(operations), syncs, peak)
 
 

@@ -41,10 +41,15 @@ def draw_loss(document: dict) -> bytes | None:
         return None
     figure = _figure((10.5, 4.6))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (x, fixed, sweep) in zip(grid, panels, strict=True):
+    for axes, (x, _, sweep) in zip(grid, panels, strict=True):
         _draw_sweep(axes, sweep, x)
+    bottom = grid[0].get_ylim()[0]
+    for axes, (x, fixed, sweep) in zip(grid, panels, strict=True):
+        at, floor = [row["case"][x] for row in sweep], [row["floor"]["median_s"] for row in sweep]
+        axes.fill_between(at, floor, bottom, color=_GREY, alpha=0.5, linewidth=0)
         axes.set_xlabel(("rows N" if x == "N" else "actions A") + f"   ({fixed} = {sweep[0]['case'][fixed]:,})")
-    grid[0].set_ylabel("loss and all gradients")
+    grid[0].set_ylim(bottom=bottom)
+    grid[0].set_ylabel("time of the loss and all its gradients")
     figure.suptitle(f"One mini-batch, {_where(document, 'loss')}", x=0.01, ha="left", fontsize=11, color=_INK)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
@@ -69,14 +74,9 @@ def _draw_sweep(axes: Axes, sweep: list[dict], x: str) -> None:
         points = [(row["case"][x], row["contenders"][name]) for row in sweep if name in row["contenders"]]
         color, width, marker = _STYLES.get(name, (_INK, 1.2, "x"))
         place = [p for p, _ in points]
-        axes.fill_between(
-            place,
-            [e["p10_s"] for _, e in points],
-            [e["p90_s"] for _, e in points],
-            color=color,
-            alpha=0.13,
-            linewidth=0,
-        )
+        if width > 2.0:  # of the others the spread would only hide the lines
+            low, high = [e["p10_s"] for _, e in points], [e["p90_s"] for _, e in points]
+            axes.fill_between(place, low, high, color=color, alpha=0.13, linewidth=0)
         axes.plot(
             place,
             [e["median_s"] for _, e in points],
@@ -90,7 +90,6 @@ def _draw_sweep(axes: Axes, sweep: list[dict], x: str) -> None:
         at, floor, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), label="bandwidth floor:\na copy of as many bytes"
     )
     axes.set(xscale="log", yscale="log")
-    axes.fill_between(at, floor, axes.get_ylim()[0], color=_GREY, alpha=0.5, linewidth=0)
     axes.set_xticks(at, [f"{value:,}" for value in at])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
@@ -106,12 +105,12 @@ def draw_iteration(document: dict) -> bytes | None:
     sizes = {row["case"]["size"]: None for row in rows}
     if not sizes:
         return None
-    figure = _figure((10.5, 0.9 + 1.9 * len(sizes)))
+    figure = _figure((10.5, 1.1 + 1.9 * len(sizes)))
     for axes, size in zip(figure.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
         _draw_parts(axes, size, {r["case"]["part"]: r for r in rows if r["case"]["size"] == size})
-    axes.set_xlabel("milliseconds of one iteration, without the environment's steps")
+    axes.set_xlabel("ms of one iteration, without the environment's steps")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.suptitle(f"One iteration, {_where(document, 'update')}", x=0.01, ha="left", fontsize=11, color=_INK)
     return _png(figure)
 

@@ -39,8 +39,8 @@ class Rollout(NamedTuple):
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """Isaac Lab's, and a larger one."""
-    return [Case(24, 4096)] if quick else [Case(24, 4096), Case(16, 4096), Case(64, 8192)]
+    """Isaac Lab's, and a larger one. The quick one is Cartpole's: the compiler can take its work to the update."""
+    return [Case(16, 4096)] if quick else [Case(24, 4096), Case(16, 4096), Case(64, 8192)]
 
 
 def make_rollout(case: Case, seed: int, device: str) -> Rollout:

@@ -25,14 +25,15 @@ Launches are counted with torch.profiler in one more call: on a GPU kernels, cop
 on the CPU operations that torch's dispatcher ran, views and allocations among them, an operation that is
 made of others not counted itself; what a compiled graph or a kernel of pyfast_ppo does by itself is not seen there.
 Host syncs: on a GPU waits for a stream, an event or the device; on the CPU reads of a number
-(aten::_local_scalar_dense), which on a GPU would be such waits, without those of the optimizer's own counters.
+(aten::_local_scalar_dense), which on a GPU would be such waits, without those inside of optimizers' steps and
+aten::std, which are made on the CPU only.
 Peak memory is what one call holds at most, above what there was before: on a GPU torch.cuda.max_memory_allocated; on
 the CPU the running sum of the allocator's events in torch.profiler (profile_memory), which sees every tensor and not
 the scratch memory of libraries."""
 
 CALLS_PER_TURN = 6  # on the CPU; the first is kept apart
 WARMUP_ROUNDS = 2
-MIN_ROUNDS, MAX_ROUNDS = 5, 40
+MIN_ROUNDS, MIN_QUICK_ROUNDS, MAX_ROUNDS = 5, 3, 40
 _GPU_TURN_SECONDS = 5e-3  # long enough for events, which are good for some microseconds
 
 
@@ -102,7 +103,7 @@ def first_line(error: Exception) -> str:
 
 
 def interleave(contenders: dict[str, Contender], num_sets: int, options: Options) -> dict[str, Timing]:
-    """Times the contenders in turns, for about ``options.seconds``, but no fewer than ``MIN_ROUNDS`` rounds."""
+    """Times the contenders in turns, for about ``options.seconds``, but in no fewer rounds than are needed."""
     take_turn = _gpu_turns(contenders, num_sets) if options.device == "cuda" else _cpu_turn
     timings = {name: Timing() for name in contenders}
     names = list(contenders)
@@ -115,8 +116,8 @@ def interleave(contenders: dict[str, Contender], num_sets: int, options: Options
                 timings[name].seconds.append(seconds)
                 timings[name].first_call.append(first)
         if done == -1:  # the last round of the warm-up tells how long one takes
-            rounds = int(options.seconds / (time.perf_counter() - start))
-            rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, rounds))
+            least = MIN_QUICK_ROUNDS if options.quick else MIN_ROUNDS
+            rounds = max(least, min(MAX_ROUNDS, int(options.seconds / (time.perf_counter() - start))))
         done += 1
     return timings
 

@@ -72,7 +72,8 @@ def test_counts_of_operations_reads_and_memory(capfd):
     assert capfd.readouterr().err == ""  # the profiler writes there, past Python
 
 
-def test_reads_of_an_optimizer_are_not_counted():
+def test_reads_that_only_the_cpu_makes_are_not_counted():
+    assert count(torch.ones(3).std, "cpu").syncs == 0
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)
     optimizer = torch.optim.Adam([parameter], lr=torch.tensor(0.1), fused=True)
