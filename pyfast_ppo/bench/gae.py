@@ -63,7 +63,7 @@ def measure(case: Case, options: Options) -> list[dict]:
     for ours, stock in zip(fused(*rollouts[0]), stock_gae(*rollouts[0]), strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
-    others, not_there = rivals.gaes(rollouts) if options.rivals else ({}, {})
+    others, not_there = rivals.gaes(rollouts)
     kept, skipped = able(contenders(rollouts, options, others))
     first = rollouts[0]
     moved = size_of(*first, first.rewards, first.rewards)  # the last two are written

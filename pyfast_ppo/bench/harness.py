@@ -44,7 +44,6 @@ class Options:
     device: str = "cpu"
     quick: bool = False
     seconds: float = 8.0
-    rivals: bool = True  # other libraries, too
 
 
 @dataclass(frozen=True)

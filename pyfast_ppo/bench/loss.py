@@ -58,7 +58,7 @@ def measure(case: Case, options: Options) -> list[dict]:
     batches = _input_sets(case, options.device)
     check_agreement(batches[0])
     torch.compiler.reset()  # else the compiler takes a second shape for a reason to generalise
-    others, not_there = rivals.losses(batches) if options.rivals else ({}, {})
+    others, not_there = rivals.losses(batches)
     kept, skipped = able(contenders(batches, options, others))
     moved = size_of(*batches[0], *batches[0].leaves)
     timings = interleave(kept | {"floor": copy_of(moved, len(batches), options.device)}, len(batches), options)

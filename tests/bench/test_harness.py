@@ -35,6 +35,46 @@ def test_times_are_those_of_the_calls():
     assert timings["fast"].times_faster_than(timings["slow"]) > 1.0
 
 
+def test_turns_on_a_gpu(monkeypatch):
+    """A turn goes through all input sets, often enough for the clock; what is captured is replayed as a whole."""
+    calls: list[int] = []
+    replays: list[float] = []
+    now = [0.0]  # of a GPU that is only thought of
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end) -> float:
+            return 1e3 * (end.at - self.at)
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(now[0])
+            now[0] += 3e-3
+
+    def eager(i: int) -> None:
+        calls.append(i)
+        now[0] += 1e-3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(harness, "captured", lambda call, num_calls: Graph())
+    contenders = {"eager": Contender(eager), "captured": Contender(lambda i: None, captured=True)}
+    timings = interleave(contenders, 3, Options("cuda", seconds=1e-9))
+    assert calls[:6] == [0, 1, 2, 0, 1, 2]
+    for timing in timings.values():
+        assert timing.seconds == pytest.approx([1e-3] * len(timing.seconds))  # of one call, not of three
+    rounds = harness.WARMUP_ROUNDS + len(timings["captured"].seconds)
+    assert len(replays) == 2 + 3 * rounds  # one before each turn, and two in it, which are 6 ms
+
+
 def test_ratio_is_taken_within_rounds():
     """A machine that is slow for a while is slow for both: the medians' ratio would be 1."""
     ours, other = Timing([1.0, 10.0, 2.0]), Timing([2.0, 20.0, 4.0])
