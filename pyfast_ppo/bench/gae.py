@@ -63,8 +63,8 @@ def measure(case: Case, options: Options) -> list[dict]:
     for ours, stock in zip(fused(*rollouts[0]), stock_gae(*rollouts[0]), strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
-    others, not_there = rivals.gaes(rollouts)
-    kept, skipped = able(contenders(rollouts, options, others))
+    others = rivals.gaes(rollouts)
+    kept, skipped = able(contenders(rollouts, options, others.calls))
     first = rollouts[0]
     moved = size_of(*first, first.rewards, first.rewards)  # the last two are written
     timings = interleave(kept | {"floor": copy_of(moved, _NUM_SETS, options.device)}, _NUM_SETS, options)
@@ -78,14 +78,16 @@ def measure(case: Case, options: Options) -> list[dict]:
             [name for name in timings if name.startswith(OURS)],
             timings,
             counts=counts,
-            skipped=not_there | skipped,
+            skipped=others.skipped | skipped,
             moved=moved,
             floor=floor,
         )
     ]
 
 
-def contenders(rollouts: list[Rollout], options: Options, others: rivals.Calls) -> dict[str, Contender]:
+def contenders(
+    rollouts: list[Rollout], options: Options, others: dict[str, Callable[[int], object]]
+) -> dict[str, Contender]:
     """By name."""
 
     def with_rollout(function: Callable[..., object], **arguments: object) -> Callable[[int], object]:

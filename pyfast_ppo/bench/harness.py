@@ -22,8 +22,8 @@ baseline's time to this one's in the same round.
 The bandwidth floor is a plain copy that moves as many bytes as the operation must (each input read once, each output
 written once), timed in the same rounds.
 Launches are counted with torch.profiler in one more call: on a GPU kernels, copies and graphs that the host launches;
-on the CPU operations that torch's dispatcher ran, views and allocations among them, an operation that is
-made of others not counted itself; what a compiled graph or a kernel of pyfast_ppo does by itself is not seen there.
+on the CPU operations that torch's dispatcher ran, views and allocations among them, an operation that is made of
+others not counted itself; what a compiled graph or a kernel of pyfast_ppo does by itself is not seen there.
 Host syncs: on a GPU waits for a stream, an event or the device; on the CPU reads of a number
 (aten::_local_scalar_dense), which on a GPU would be such waits, without those inside of optimizers' steps and
 aten::std, which are made on the CPU only.

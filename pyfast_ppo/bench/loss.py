@@ -58,8 +58,8 @@ def measure(case: Case, options: Options) -> list[dict]:
     batches = _input_sets(case, options.device)
     check_agreement(batches[0])
     torch.compiler.reset()  # else the compiler takes a second shape for a reason to generalise
-    others, not_there = rivals.losses(batches)
-    kept, skipped = able(contenders(batches, options, others))
+    others = rivals.losses(batches)
+    kept, skipped = able(contenders(batches, options, others.calls))
     moved = size_of(*batches[0], *batches[0].leaves)
     timings = interleave(kept | {"floor": copy_of(moved, len(batches), options.device)}, len(batches), options)
     floor = timings.pop("floor")
@@ -73,14 +73,17 @@ def measure(case: Case, options: Options) -> list[dict]:
             [name for name in timings if name.startswith("ppo_loss")],
             timings,
             counts=counts,
-            skipped=not_there | skipped,
+            skipped=others.skipped | skipped,
+            notes=others.notes,
             moved=moved,
             floor=floor,
         )
     ]
 
 
-def contenders(batches: list[MiniBatch], options: Options, others: rivals.Calls) -> dict[str, Contender]:
+def contenders(
+    batches: list[MiniBatch], options: Options, others: dict[str, Callable[[int], object]]
+) -> dict[str, Contender]:
     """By name; each computes the loss and the gradients of mean, std (or its logarithm) and values."""
     compiled = torch.compile(stock_loss, dynamic=False)
     on_gpu = options.device == "cuda"

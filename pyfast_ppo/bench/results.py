@@ -63,6 +63,7 @@ def make_row(
     *,
     counts: dict[str, Counts] | None = None,
     skipped: dict[str, str] | None = None,
+    notes: dict[str, str] | None = None,
     moved: int | None = None,
     floor: Timing | None = None,
 ) -> dict:
@@ -79,8 +80,7 @@ def make_row(
             "syncs": found.syncs,
             "peak_bytes": found.peak_bytes,
         }
-    row["skipped"] = skipped or {}
-    return row
+    return row | {"notes": notes or {}, "skipped": skipped or {}}
 
 
 def _entry(timing: Timing, baseline: Timing | None, moved: int | None) -> dict:

@@ -6,7 +6,7 @@ _COLUMNS = ("", "median", "10th to 90th", "x faster", "GB/s", "launches", "syncs
 
 
 def blocks(rows: list[dict]) -> list[str]:
-    """Lines of all rows of a subject."""
+    """Lines of all rows of a subject; then in what contenders differ, and what was left out."""
     lines = []
     for row in rows:
         body = [_cells(name, entry) for name, entry in row["contenders"].items()]
@@ -19,9 +19,10 @@ def blocks(rows: list[dict]) -> list[str]:
         for cells in table:
             padded = [cells[0].ljust(widths[0]), *(cells[i].rjust(widths[i]) for i in used[1:])]
             lines.append(("  " + "  ".join(padded)).rstrip())
-        lines += [f"  {name}: {reason}" for name, reason in row["skipped"].items()]
         lines.append("")
-    return lines
+    remarks = {f"{name}: {note}": None for row in rows for name, note in row["notes"].items()}
+    remarks |= {f"Not measured: {name} ({reason})": None for row in rows for name, reason in row["skipped"].items()}
+    return [*lines, *remarks, ""] if remarks else lines
 
 
 def _cells(name: str, entry: dict) -> tuple[str, ...]:
@@ -55,6 +56,6 @@ def described(case: dict) -> str:
 
 def duration(seconds: float) -> str:
     """Three digits, in a unit that fits."""
-    unit, factor = ("s", 1.0) if seconds >= 1.0 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+    unit, factor = ("s", 1.0) if seconds >= 1.0 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
     value = seconds * factor
     return f"{value:.0f} {unit}" if value >= 100.0 else f"{value:.3g} {unit}"

@@ -45,11 +45,12 @@ def test_clipped_value_loss_differs_only_where_it_is_said(library, batch, eager_
 
 
 def test_installed_libraries_are_called_by_their_names(batch, eager_compiler):
-    calls, skipped = rivals.losses([batch, batch])
+    calls, notes, skipped = rivals.losses([batch, batch])
+    assert set(notes) == set(calls)
     assert len(calls) + len(skipped) == len(rivals.MODULES)
     assert all("not installed" in reason for reason in skipped.values())
     rollouts = [gae.make_rollout(gae.Case(5, 7), seed, "cpu") for seed in range(2)]
-    gae_calls, gae_skipped = rivals.gaes(rollouts)
+    gae_calls, _, gae_skipped = rivals.gaes(rollouts)
     assert set(gae_calls) == set(calls) - {"Stable-Baselines3"}
     for call in (*calls.values(), *gae_calls.values()):
         assert call(0) is not None and call(3) is not None
@@ -58,7 +59,7 @@ def test_installed_libraries_are_called_by_their_names(batch, eager_compiler):
 
 def test_missing_library_is_named_with_the_mend(batch, monkeypatch):
     monkeypatch.setattr(rivals, "version", lambda package: None)
-    calls, skipped = rivals.losses([batch])
+    calls, _, skipped = rivals.losses([batch])
     assert calls == {}
     assert skipped["stable_baselines3"] == "not installed; pip install stable-baselines3"
     assert set(skipped) == set(rivals.MODULES)
@@ -82,7 +83,7 @@ def stand_in(monkeypatch, factor: float) -> None:
 
 def test_library_that_computes_something_else_is_not_timed(batch, monkeypatch):
     stand_in(monkeypatch, 1.01)
-    calls, skipped = rivals.losses([batch])
+    calls, _, skipped = rivals.losses([batch])
     assert calls == {}
     assert skipped["fake"].startswith("AssertionError")
 
@@ -90,11 +91,11 @@ def test_library_that_computes_something_else_is_not_timed(batch, monkeypatch):
 def test_clip_is_compared_as_the_library_says(batch, monkeypatch):
     """The stand-in always clips: with clipping off it must be found out."""
     stand_in(monkeypatch, 1.0)
-    assert "fake" in rivals.losses([batch])[1]
+    assert "fake" in rivals.losses([batch]).skipped
     ours = pyfast_ppo.ppo_loss_and_grad
 
     def always_clipped(*args, use_clipped_value_loss, **kwargs):
         return ours(*args, **kwargs)
 
     monkeypatch.setattr(pyfast_ppo, "ppo_loss_and_grad", always_clipped)
-    assert list(rivals.losses([batch])[0]) == ["Fake"]
+    assert list(rivals.losses([batch]).calls) == ["Fake"]

@@ -59,7 +59,7 @@ def test_run_leaves_tables_json_and_picture(bench, tmp_path):
         assert text in outcome.out
     assert document["method"] in outcome.out
     assert f"Written to {out}: results.json, loss.png" in outcome.out
-    assert "torch.compile: RuntimeError: no compiler" in outcome.out
+    assert "torch.compile (RuntimeError: no compiler)" in outcome.out
 
 
 def test_directory_is_named_after_machine_and_date(bench, tmp_path, monkeypatch):

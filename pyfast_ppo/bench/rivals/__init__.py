@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -30,22 +30,28 @@ if TYPE_CHECKING:
 MODULES = ("skrl", "rl_games", "torchrl", "stable_baselines3")
 PACKAGES = {"skrl": "skrl", "rl_games": "rl-games", "torchrl": "torchrl", "stable_baselines3": "stable-baselines3"}
 
-Calls = dict[str, Callable[[int], object]]
+
+class Found(NamedTuple):
+    """By a library's name: ``call(i)`` on input set i; in what its formula differs; and why a library is left out."""
+
+    calls: dict[str, Callable[[int], object]]
+    notes: dict[str, str]
+    skipped: dict[str, str]
 
 
-def losses(batches: Sequence[MiniBatch]) -> tuple[Calls, dict[str, str]]:
-    """For each library a call that computes loss and gradients of one batch; and why one is left out."""
+def losses(batches: Sequence[MiniBatch]) -> Found:
+    """A call computes the loss and its gradients."""
 
     def make(library: ModuleType) -> Callable[[int], object]:
         check_loss(library, batches[0])
         prepared = [library.make_loss(batch, clip_value=True) for batch in batches]
         return lambda i: prepared[i % len(prepared)].gradients()
 
-    return _calls(MODULES, make)
+    return _found(MODULES, make)
 
 
-def gaes(rollouts: Sequence[Rollout]) -> tuple[Calls, dict[str, str]]:
-    """The same for normalised advantages and returns. Stable-Baselines3 is left out: it computes them in NumPy."""
+def gaes(rollouts: Sequence[Rollout]) -> Found:
+    """A call computes normalised advantages, and returns. Not of Stable-Baselines3, which does it in NumPy."""
 
     def make(library: ModuleType) -> Callable[[int], object]:
         prepared = [library.make_gae(rollout) for rollout in rollouts]
@@ -53,23 +59,22 @@ def gaes(rollouts: Sequence[Rollout]) -> tuple[Calls, dict[str, str]]:
             torch.testing.assert_close(theirs.view_as(stock), stock, rtol=1e-4, atol=1e-4)
         return lambda i: prepared[i % len(prepared)]()
 
-    return _calls(MODULES[:3], make)
+    return _found(MODULES[:3], make)
 
 
-def _calls(
-    modules: Sequence[str], make: Callable[[ModuleType], Callable[[int], object]]
-) -> tuple[Calls, dict[str, str]]:
-    calls, skipped = {}, {}
+def _found(modules: Sequence[str], make: Callable[[ModuleType], Callable[[int], object]]) -> Found:
+    found = Found({}, {}, {})
     for name in modules:
         if version(PACKAGES[name]) is None:
-            skipped[name] = f"not installed; pip install {PACKAGES[name]}"
+            found.skipped[name] = f"not installed; pip install {PACKAGES[name]}"
             continue
         try:
             library = importlib.import_module(f"pyfast_ppo.bench.rivals.{name}")
-            calls[library.NAME] = make(library)
+            found.calls[library.NAME] = make(library)
+            found.notes[library.NAME] = library.NOTE
         except Exception as error:  # another version of the library: the rest is measured all the same
-            skipped[name] = first_line(error)
-    return calls, skipped
+            found.skipped[name] = first_line(error)
+    return found
 
 
 def check_loss(library: ModuleType, batch: MiniBatch) -> None:
