@@ -2,7 +2,8 @@
 
 python bench/learning.py --isaaclab-python PATH      # everything; Ctrl-C and start again at will
 python bench/learning.py --tasks Hopper-v5           # one of the tasks below
-python bench/learning.py ... --save NAME             # also writes bench/results/NAME/learning.json, docs/learning.png
+python bench/learning.py ... --save NAME             # also writes bench/results/NAME/learning.json, docs/learning.png;
+                                                     # tasks that are in the file and were not asked for stay
 python bench/learning.py --plot NAME                 # only draws docs/learning.png, from that file
 
 Both arms get the same environments, wrapper, config and seeds: those of ``pyfast-ppo train`` (``--algorithm stock`` and
@@ -63,6 +64,7 @@ def task_result(runs: Mapping[str, Sequence[Mapping]]) -> dict:
     records = [record for arm in ARMS for record in arms[arm]]
     steps = first["steps_per_iteration"] * first["spec"]["iterations"] * len(records)
     return {
+        "machine": results.machine(),
         "made_with": first["made_with"],
         **{name: first["spec"][name] for name in ("num_envs", "iterations")},
         "steps_per_iteration": first["steps_per_iteration"],
@@ -75,6 +77,15 @@ def task_result(runs: Mapping[str, Sequence[Mapping]]) -> dict:
     }
 
 
+def learning_result(tasks: Mapping[str, dict]) -> dict:
+    """What the result file holds: each task, in the order of ``TASKS``, and all together."""
+    in_order = {name: tasks[name] for name in sorted(tasks, key=list(TASKS).index)}
+    return {
+        "tasks": in_order,
+        "over_all_tasks": compare_over_tasks([task["runs"] for task in in_order.values()]),
+    }
+
+
 def _kept(record: dict) -> dict:
     return {name: record[name] for name in ("episodes", "mean_return", "collect_ms", "update_ms")}
 
@@ -84,16 +95,16 @@ def _kept(record: dict) -> dict:
 
 def print_report(result: dict) -> None:
     titles = ("stock", "fused", "fused - stock", "P(fused better)", "p", "update()", "iteration")
-    print(f"{'final return':<24}" + "".join(f"{title:>22}" for title in titles))
+    print(f"{'final return':<24}" + "".join(f"{title:>26}" for title in titles))
     for name, task in result["tasks"].items():
         returns, times = task["returns"], task["times"]
         cells = [results.text(returns["final_return_stock"]), results.text(returns["final_return_fused"])]
         cells += _difference(returns)
         cells += [f"{results.text(times[part]['times_faster'])} x" for part in ("update", "iteration")]
-        print(f"{name:<24}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{name:<24}" + "".join(f"{cell:>26}" for cell in cells))
     over = result["over_all_tasks"]
     cells = [results.text(over["score_stock"]), results.text(over["score_fused"]), *_difference(over)]
-    print(f"{'all tasks, normalised':<24}" + "".join(f"{cell:>22}" for cell in cells))
+    print(f"{'all tasks, normalised':<24}" + "".join(f"{cell:>26}" for cell in cells))
     print("Interquartile means over runs with 95% intervals of a stratified bootstrap; p: permutation test, two-sided.")
 
 
@@ -137,12 +148,12 @@ def _draw_task(cells: list[Axes], name: str, task: dict) -> None:
         collect, update = (times[part][f"ms_{arm}"]["estimate"] for part in ("collect", "update"))
         parts.barh(place, collect, color=results.GREY, height=0.6)
         parts.barh(place, update, left=collect, color=results.COLORS[arm], height=0.6)
-        parts.annotate(f" {update:.0f} ms", (collect + update, place), va="center", fontsize=8)
+        parts.annotate(f" update() {update:.0f} ms", (collect + update, place), va="center", fontsize=8)
     parts.set_yticks(range(len(ARMS)), [results.NAMES[arm] for arm in reversed(ARMS)])
     parts.set_xlabel("ms per iteration")
-    parts.margins(x=0.15)
+    parts.margins(x=0.3)
     faster = {part: results.text(times[part]["times_faster"]) for part in ("update", "iteration")}
-    parts.set_title(f"update() × {faster['update']}\niteration × {faster['iteration']}", fontsize=9)
+    parts.set_title(f"times faster: update() {faster['update']}\niteration {faster['iteration']}", fontsize=9)
 
 
 def main() -> int:
@@ -173,8 +184,9 @@ def _learn(args: argparse.Namespace) -> int:
     pairs = {task: pairs_of(task, args.seeds, args.isaaclab_python) for task in args.tasks}
     run_pairs([pair for of_task in pairs.values() for pair in of_task], work)
     tasks = {task: task_result(gather(of_task, work)) for task, of_task in pairs.items()}
-    over = compare_over_tasks([task["runs"] for task in tasks.values()])
-    result = {"machine": results.machine(), "tasks": tasks, "over_all_tasks": over}
+    if args.save:
+        tasks = {**results.read(args.save, SUBJECT).get("tasks", {}), **tasks}
+    result = learning_result(tasks)
     print_report(result)
     results.keep(result, args.save, SUBJECT, work, draw)
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 import re
 import sys
 from collections.abc import Callable
@@ -19,12 +18,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from pyfast_ppo.bench.machine import cpu_name
 from pyfast_ppo.cli.files import write_atomically
 from runs.comparison import ARMS, Arms, curves, curves_in_time, random_numbers
 from runs.statistics import iqm_interval
 
 ROOT = Path(__file__).parents[2]
-COLORS = {"stock": "#d97706", "fused": "#1f6feb"}
+COLORS = {"stock": "#cf222e", "fused": "#1f6feb"}
 NAMES = {"stock": "rsl_rl's PPO", "fused": "FusedPPO"}
 GREY, DARK = "#d0d7de", "#57606a"
 
@@ -43,10 +43,7 @@ def figure_path(subject: str) -> Path:
 
 def machine() -> dict[str, str | int]:
     """What the figures were measured on, and when."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    cpu = names[0].strip() if names else platform.processor() or platform.machine()
-    return {"date": date.today().isoformat(), "cpu": f"{cpu}, {os.cpu_count()} cores", "threads_per_run": 1}
+    return {"date": date.today().isoformat(), "cpu": f"{cpu_name()}, {os.cpu_count()} cores", "threads_per_run": 1}
 
 
 def write(path: Path, result: dict) -> None:
@@ -130,12 +127,18 @@ def keep(result: dict, name: str | None, subject: str, work: Path, draw: Callabl
     print(f"written: {data}, {picture}")
 
 
+def read(name: str, subject: str) -> dict:
+    """The result file of the machine ``name``; empty if there is none."""
+    data = results_path(name, subject)
+    return json.loads(data.read_bytes()) if data.exists() else {}
+
+
 def redraw(name: str, subject: str, draw: Callable[[Path, dict], None]) -> int:
     """Draw the figure again from the result file of the machine ``name``; an exit status."""
-    data = results_path(name, subject)
-    if not data.exists():
-        print(f"{data} does not exist", file=sys.stderr)
+    result = read(name, subject)
+    if not result:
+        print(f"{results_path(name, subject)} does not exist", file=sys.stderr)
         return 1
-    draw(figure_path(subject), json.loads(data.read_bytes()))
+    draw(figure_path(subject), result)
     print(f"written: {figure_path(subject)}")
     return 0

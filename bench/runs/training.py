@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import importlib.metadata
 import io
 import json
 import os
 import platform
 import random
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +21,7 @@ from torch import Tensor
 
 import pyfast_ppo
 from pyfast_ppo import backends
+from pyfast_ppo.bench.machine import commit, version
 from pyfast_ppo.cli.task import make_task
 from pyfast_ppo.cli.train_config import ALGORITHMS, Settings
 from runs.swing_up import CartPoleSwingUp
@@ -172,21 +170,10 @@ def train(spec: Spec) -> dict:
 
 def made_with() -> dict[str, str]:
     """Versions and commit of what ran."""
-    versions = {"python": platform.python_version(), "pyfast_ppo": pyfast_ppo.__version__, "commit": _commit()}
-    versions["backend"] = backends.select(None, torch.device("cpu")).name
-    for name in _VERSIONS_OF:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _commit() -> str:
-    """Of the package that is imported; with a mark, if its files are not those of the commit."""
-    root = Path(pyfast_ppo.__file__).parent
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if changed.returncode else "")
+    return {
+        "python": platform.python_version(),
+        "pyfast_ppo": pyfast_ppo.__version__,
+        "commit": commit() or "unknown",
+        "backend": backends.select(None, torch.device("cpu")).name,
+        **{name: found for name in _VERSIONS_OF if (found := version(name)) is not None},
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 
 import learning
@@ -11,7 +11,7 @@ import soak
 from made_up_records import run
 from matplotlib.image import imread
 from runs import results
-from runs.comparison import ARMS, compare_over_tasks
+from runs.comparison import ARMS
 
 
 def runs(iterations: int = 60) -> dict[str, list[dict]]:
@@ -19,9 +19,7 @@ def runs(iterations: int = 60) -> dict[str, list[dict]]:
 
 
 def learning_result() -> dict:
-    tasks = {name: learning.task_result(runs()) for name in ("One-v5", "Two-v5")}
-    over = compare_over_tasks([task["runs"] for task in tasks.values()])
-    return {"machine": results.machine(), "tasks": tasks, "over_all_tasks": over}
+    return learning.learning_result({name: learning.task_result(runs()) for name in reversed(learning.TASKS)})
 
 
 @pytest.mark.parametrize(
@@ -40,7 +38,7 @@ def test_a_figure_is_drawn_from_the_file_alone(
     picture.unlink()
     assert results.redraw("some-machine", program.SUBJECT, program.draw) == 0
     assert (imread(picture) == first).all()
-    assert json.loads(data.read_text())["machine"] == results.machine()
+    assert results.read("some-machine", program.SUBJECT).keys() == result.keys()
     assert max(map(len, data.read_text().splitlines())) < 4000
     assert results.redraw("no-such-machine", program.SUBJECT, program.draw) == 1
 
@@ -51,3 +49,15 @@ def test_both_arms_of_a_task_are_the_same_but_for_the_arm() -> None:
         stock, fused = (pair.of_arm(arm) for arm in ARMS)
         assert (stock.task, stock.seed, stock.num_envs, stock.iterations) == (task, 2, fused.num_envs, fused.iterations)
         assert (pair.python == "/isaac/python") == task.startswith("Isaac-")
+
+
+def test_tasks_that_were_not_asked_for_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(learning, "run_pairs", lambda pairs, work: None)
+    monkeypatch.setattr(learning, "gather", lambda pairs, work: runs())
+    for task in ("HalfCheetah-v5", "Hopper-v5"):
+        monkeypatch.setattr(
+            sys, "argv", ["learning.py", "--tasks", task, "--save", "some-machine", "--work", str(tmp_path)]
+        )
+        assert learning.main() == 0
+    assert list(results.read("some-machine", "learning")["tasks"]) == ["Hopper-v5", "HalfCheetah-v5"]
