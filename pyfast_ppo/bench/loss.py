@@ -46,7 +46,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         return _QUICK
     numbers = [1_024, 4_096, _MINI_BATCH, 98_304] + ([393_216, 1_048_576] if device == "cuda" else [])
     against_n = [Case(n, _ACTIONS) for n in numbers]
-    against_a = [Case(_MINI_BATCH, a) for a in (1, 19, 37, 64)]
+    against_a = [Case(_MINI_BATCH, a) for a in (1, 4, 19, 37, 64)]
     others = [Case(_MINI_BATCH, 12, False), Case(98_304, 29), Case(98_304, 29, False)]
     if device == "cuda":
         return against_n + against_a + others + [Case(1_048_576, 32), Case(1_048_576, 32, False)]
