@@ -8,7 +8,8 @@ Cart-poles that are to be swung up (runs/swing_up.py), a small network, one thre
 same time on two cores, and change cores from seed to seed. After a warm-up of a fifth of the run:
 
 - memory: slope of the resident memory (Linux), and of the number of tensors that Python holds
-- speed: median time in the last quarter by that in the first, of the iteration and of update(). The stock's ratio, from
+- speed: time in the last quarter by that in the first, of the iteration and of update(). It is the least of each twenty
+  iterations in a row, and the median of those: what the program takes when nobody disturbs it. The stock's ratio, from
   the other core at the same time, tells a slowing machine from a slowing algorithm
 
 For each a mean over the runs, with Student's 95% interval. Exit status 1, with a sentence, if one is not flat.
@@ -60,9 +61,9 @@ _DRIFT = "iteration_last_by_first_quarter"
 
 
 def condensed(record: Record, entries: int = _ENTRIES) -> dict[str, list]:
-    """A record with fewer entries: sums of episodes, means of returns, medians of times, least resident memory.
+    """A record with fewer entries: sums of episodes, means of returns, medians and least of times, least memory.
 
-    The least, because memory that is held for a moment and given back is no leak.
+    The least memory, because what is held for a moment and given back is no leak.
     """
     edges = bin_edges(len(record["episodes"]), entries)
     parts = [slice(begin, end) for begin, end in itertools.pairwise(edges)]
@@ -75,6 +76,8 @@ def condensed(record: Record, entries: int = _ENTRIES) -> dict[str, list]:
             for count, mean in zip(episodes, returns, strict=True)
         ],
         **{name: [float(np.median(record[name][part])) for part in parts] for name in ("collect_ms", "update_ms")},
+        "least_iteration_ms": [float(iteration_ms(record)[part].min()) for part in parts],
+        "least_update_ms": [float(min(record["update_ms"][part])) for part in parts],
         "resident_bytes": [min(record["resident_bytes"][part]) for part in parts],
         "tensors_alive": record["tensors_alive"],
     }
@@ -151,8 +154,8 @@ def _slope(values: Sequence[float], iterations: int) -> float:
 
 
 def _drift(record: Record, part: str) -> float:
-    """Logarithm of the median time in the last quarter by that in the first."""
-    times = iteration_ms(record) if part == "iteration" else np.array(record["update_ms"])
+    """Logarithm of the undisturbed time in the last quarter by that in the first."""
+    times = record[f"least_{part}_ms"]
     quarter = len(times) // 4
     return math.log(np.median(times[-quarter:]) / np.median(times[:quarter]))
 
