@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import gc
 import io
 import json
 import os
 import platform
 import random
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -27,7 +30,6 @@ from pyfast_ppo.cli.train_config import ALGORITHMS, Settings
 from runs.swing_up import CartPoleSwingUp
 
 SWING_UP = "CartPoleSwingUp"
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _VERSIONS_OF = ("torch", "rsl-rl-lib", "numpy", "gymnasium", "mujoco", "isaaclab", "newton", "warp-lang")
 
 
@@ -40,7 +42,7 @@ class Spec:
     seed: int
     num_envs: int
     iterations: int
-    count_tensors_every: int = 0  # iterations; 0: never. A count takes some milliseconds, outside of what is timed
+    memory_every: int = 0  # iterations from one look at the memory to the next; 0: never
 
 
 class RunRecord:
@@ -58,14 +60,19 @@ class RunRecord:
         self.time_outs = np.zeros(n, dtype=np.int64)
         self.collect = np.zeros(n)  # s: acting, stepping the environments, computing returns
         self.update = np.zeros(n)  # s
-        self.resident = np.zeros(n, dtype=np.int64)  # bytes
-        self.every = spec.count_tensors_every
-        self.tensors = np.zeros(n // self.every if self.every else 0, dtype=np.int64)
+        # s of the processor, which other programs do not add to
+        self.iteration_cpu = np.zeros(n)
+        self.learn_cpu = np.zeros(n)  # computing returns, and update()
+        self.memory_every = spec.memory_every
+        looks = n // self.memory_every if self.memory_every else 0
+        self.memory = {name: np.zeros(looks, dtype=np.int64) for name in _MEMORY}
         self._done = 0
         self._return = torch.zeros(spec.num_envs)  # [E], of the running episodes
+        self._began = self._collected = time.process_time()
 
     def init_logging_writer(self) -> None:
-        """Nothing to be opened."""
+        """Nothing to be opened; the first iteration begins."""
+        self._began = time.process_time()
 
     def process_env_step(self, rewards: Tensor, dones: Tensor, extras: dict, intrinsic: Tensor | None = None) -> None:
         """One step of all environments."""
@@ -75,37 +82,66 @@ class RunRecord:
         self.returns[self._done] += float(self._return[ended].sum())
         self.time_outs[self._done] += int(extras["time_outs"].sum())
         self._return.masked_fill_(ended, 0.0)
+        self._collected = time.process_time()
 
     def log(self, *, it: int, collect_time: float, learn_time: float, **_: object) -> None:
         """The end of an iteration; the arguments are those of rsl_rl's ``Logger.log``."""
+        now = time.process_time()
+        self.iteration_cpu[it], self.learn_cpu[it] = now - self._began, now - self._collected
         self.collect[it], self.update[it] = collect_time, learn_time
-        self.resident[it] = _resident_bytes()
         self._done = it + 1
-        if self.every and self._done % self.every == 0:
-            self.tensors[it // self.every] = _tensors_alive()
+        if self.memory_every and self._done % self.memory_every == 0:
+            for name, look in _MEMORY.items():
+                self.memory[name][it // self.memory_every] = look()
+        self._began = time.process_time()
 
     def as_json(self) -> dict:
-        """Lists with an entry per iteration; a mean return is null where no episode ended."""
+        """Lists with an entry per iteration, or per look at the memory; a mean return is null where none ended."""
         mean = [float(f"{r / n:.6g}") if n else None for r, n in zip(self.returns, self.episodes, strict=True)]
+        seconds = {"collect": self.collect, "update": self.update}
+        seconds |= {"iteration_cpu": self.iteration_cpu, "learn_cpu": self.learn_cpu}
         return {
             "episodes": self.episodes.tolist(),
             "mean_return": mean,
             "time_outs": self.time_outs.tolist(),
-            "collect_ms": np.round(1e3 * self.collect, 3).tolist(),
-            "update_ms": np.round(1e3 * self.update, 3).tolist(),
-            "resident_bytes": self.resident.tolist(),
-            "tensors_alive": self.tensors.tolist(),
+            **{f"{name}_ms": np.round(1e3 * values, 3).tolist() for name, values in seconds.items()},
+            **{name: values.tolist() for name, values in self.memory.items()},
         }
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
+    )
 
 
 def _resident_bytes() -> int:
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * _PAGE
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _heap_bytes() -> int:
+    """What malloc has given out, torch's tensors among it, without what it keeps for later."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Mallinfo
+    info = mallinfo()
+    return info.uordblks + info.hblkhd
 
 
 def _tensors_alive() -> int:
     """Tensors that Python knows of. Without a collection before, which would change the run that is looked at."""
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+_MEMORY: dict[str, Callable[[], int]] = {  # Linux with glibc 2.33 or newer
+    "resident_bytes": _resident_bytes,
+    "heap_bytes": _heap_bytes,
+    "python_blocks": sys.getallocatedblocks,
+    "tensors_alive": _tensors_alive,
+}
 
 
 def swing_up_config(spec: Spec) -> dict:

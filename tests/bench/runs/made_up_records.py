@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+LOOKS = 100  # at the memory
+
 
 def record(seed: int, iterations: int = 60, height: float = 100.0, update_ms: float = 20.0) -> dict[str, list]:
     """A curve that rises to about ``height``; noise in it and in the times; memory and tensors as they should be."""
@@ -15,8 +17,12 @@ def record(seed: int, iterations: int = 60, height: float = 100.0, update_ms: fl
         "time_outs": [1] * iterations,
         "collect_ms": (30.0 * rng.lognormal(0.0, 0.05, iterations)).tolist(),
         "update_ms": (update_ms * rng.lognormal(0.0, 0.05, iterations)).tolist(),
-        "resident_bytes": (4e8 + 4096 * rng.integers(0, 100, iterations)).astype(int).tolist(),
-        "tensors_alive": [90] * 20,
+        "iteration_cpu_ms": (50.0 * rng.lognormal(0.0, 0.05, iterations)).tolist(),
+        "learn_cpu_ms": (update_ms * rng.lognormal(0.0, 0.05, iterations)).tolist(),
+        "resident_bytes": (400_000_000 + 4096 * rng.integers(0, 100, LOOKS)).tolist(),
+        "heap_bytes": (50_000_000 + 16 * rng.integers(0, 100, LOOKS)).tolist(),
+        "python_blocks": (500_000 + rng.integers(0, 20, LOOKS)).tolist(),
+        "tensors_alive": [90] * LOOKS,
     }
 
 

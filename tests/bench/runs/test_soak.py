@@ -7,8 +7,7 @@ import sys
 import pytest
 import soak
 import torch
-from made_up_records import record
-from rsl_rl.runners import on_policy_runner
+from made_up_records import LOOKS, record
 from runs import training
 from runs.swing_up import CartPoleSwingUp
 from runs.training import SWING_UP, Spec
@@ -27,86 +26,98 @@ def arms(change=lambda fused: None) -> dict[str, list[dict]]:
     return {arm: [condensed(r) for r in records] for arm, records in runs.items()}
 
 
-def slowed(records: dict[str, list], name: str, share: float) -> None:
+def leaking(name: str, per_iteration: float):
+    def leak(fused: dict[str, list]) -> None:
+        fused[name] = [n + int(per_iteration * ITERATIONS / LOOKS * i) for i, n in enumerate(fused[name])]
+
+    return leak
+
+
+def slowed(name: str, share: float):
     """The times grow in a line by ``share``."""
-    records[name] = [ms * (1.0 + share * i / ITERATIONS) for i, ms in enumerate(records[name])]
+
+    def slow(fused: dict[str, list]) -> None:
+        fused[name] = [ms * (1.0 + share * i / ITERATIONS) for i, ms in enumerate(fused[name])]
+
+    return slow
 
 
 def test_nothing_is_said_where_all_is_flat() -> None:
     assert findings(stability(arms(), ITERATIONS)) == []
 
 
-def test_a_small_leak_is_found() -> None:
-    def leak(fused: dict[str, list]) -> None:  # of half a kilobyte an iteration
-        fused["resident_bytes"] = [n + 512 * i for i, n in enumerate(fused["resident_bytes"])]
-
-    (sentence,) = findings(stability(arms(leak), ITERATIONS))
-    assert "resident memory" in sentence
-
-
-def test_a_tensor_that_is_kept_is_found() -> None:
-    def keep(fused: dict[str, list]) -> None:  # one in ten iterations
-        fused["tensors_alive"] = [n + 10 * i for i, n in enumerate(fused["tensors_alive"])]
-
-    (sentence,) = findings(stability(arms(keep), ITERATIONS))
-    assert sentence.startswith("tensors alive grow by 0.1 ")
+@pytest.mark.parametrize(
+    ("name", "per_iteration"),
+    [("heap_bytes", 100.0), ("python_blocks", 0.5), ("tensors_alive", 0.1), ("resident_bytes", 1000.0)],
+)
+def test_a_small_leak_is_found(name: str, per_iteration: float) -> None:
+    (sentence,) = findings(stability(arms(leaking(name, per_iteration)), ITERATIONS))
+    assert sentence.startswith(f"{name} grows by ")
+    report = stability(arms(leaking(name, per_iteration)), ITERATIONS)
+    growth = report["fused"]["growth_per_iteration"][name]
+    assert growth["low"] < per_iteration < growth["high"] or growth["estimate"] == pytest.approx(per_iteration)
+    assert findings({**report, "fused": report["stock"]}) == []
 
 
-def test_a_slowdown_is_found_and_that_of_the_machine_is_not() -> None:
-    found = findings(stability(arms(lambda fused: slowed(fused, "update_ms", 0.2)), ITERATIONS))
-    assert [sentence.split()[0] for sentence in found] == ["iterations", "updates"]
+@pytest.mark.parametrize("name", ["iteration_cpu_ms", "learn_cpu_ms"])
+def test_a_slowdown_is_found(name: str) -> None:
+    (sentence,) = findings(stability(arms(slowed(name, 0.1)), ITERATIONS))
+    assert sentence.startswith(f"{name} in the last quarter is 1.0")
 
+
+def test_that_of_the_machine_is_not() -> None:
     slow_machine = arms()
     for of_arm in slow_machine.values():
         for records in of_arm:
-            for name in ("least_iteration_ms", "least_update_ms"):
+            for name in ("iteration_cpu_ms", "learn_cpu_ms"):
                 records[name] = [ms * (1.0 + 0.005 * i) for i, ms in enumerate(records[name])]
     report = stability(slow_machine, ITERATIONS)
-    assert report["fused"]["update_last_by_first_quarter"]["low"] > 1.2
+    assert report["fused"]["last_by_first_quarter"]["learn_cpu_ms"]["low"] > 1.2
     assert findings(report) == []
 
 
 def test_a_machine_that_is_disturbed_for_a_while_is_no_slowdown() -> None:
     def disturb(fused: dict[str, list]) -> None:  # every other iteration of the second half
         for i in range(ITERATIONS // 2, ITERATIONS, 2):
-            fused["update_ms"][i] *= 3.0
+            fused["learn_cpu_ms"][i] *= 3.0
 
     assert findings(stability(arms(disturb), ITERATIONS)) == []
 
 
-def test_condensing_keeps_returns_and_takes_the_least_memory() -> None:
+def test_condensing_keeps_returns_and_takes_the_least_time_of_the_processor() -> None:
+    memory = {"resident_bytes": [9], "heap_bytes": [8], "python_blocks": [7], "tensors_alive": [5]}
     short = {
         "episodes": [1, 3, 0, 0],
         "mean_return": [4.0, 8.0, None, None],
         "collect_ms": [1.0, 3.0, 5.0, 5.0],
         "update_ms": [2.0, 2.0, 4.0, 6.0],
-        "resident_bytes": [900, 800, 700, 900],
-        "tensors_alive": [5],
+        "iteration_cpu_ms": [3.0, 4.0, 6.0, 5.0],
+        "learn_cpu_ms": [2.0, 1.0, 4.0, 3.0],
+        **memory,
     }
     assert condensed(short, entries=2) == {
         "episodes": [4, 0],
         "mean_return": [7.0, None],
         "collect_ms": [2.0, 5.0],
         "update_ms": [2.0, 5.0],
-        "least_iteration_ms": [3.0, 9.0],
-        "least_update_ms": [2.0, 4.0],
-        "resident_bytes": [800, 700],
-        "tensors_alive": [5],
+        "iteration_cpu_ms": [3.0, 5.0],
+        "learn_cpu_ms": [1.0, 3.0],
+        **memory,
     }
 
 
 class Clock:
-    """In place of the module ``time``: ten milliseconds pass between two readings, and what is added."""
+    """In place of the module ``time``: ten milliseconds of the processor between two readings, and what is added."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
-    def time(self) -> float:
+    def process_time(self) -> float:
         self.now += 0.01
         return self.now
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read as on Linux")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read as on Linux")
 def test_a_leak_and_a_slowdown_in_real_runs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     iterations, kept, clock = 40, [], Clock()
     update = FusedPPO.update
@@ -116,19 +127,22 @@ def test_a_leak_and_a_slowdown_in_real_runs_are_found(monkeypatch: pytest.Monkey
         clock.now += 1e-3 * (len(kept) % iterations)
         return update(self)
 
-    monkeypatch.setattr(on_policy_runner, "time", clock)
+    monkeypatch.setattr(training, "time", clock)
     monkeypatch.setattr(FusedPPO, "update", faulty_update)
     runs = {
         arm: [training.train(Spec(SWING_UP, arm, seed, 16, iterations, iterations // 5)) for seed in (1, 2, 3)]
         for arm in ("stock", "fused")
     }
     result = soak.soak_result(runs)
-    assert [sentence.split()[0] for sentence in result["findings"]] == ["resident", "tensors", "iterations", "updates"]
-    stable = result["stability"]
-    assert stable["fused"]["tensors_per_iteration"]["estimate"] == pytest.approx(1.0, abs=0.1)
-    assert stable["fused"]["bytes_per_iteration"]["estimate"] == pytest.approx(2**20, rel=0.3)
-    assert abs(stable["stock"]["tensors_per_iteration"]["estimate"]) < soak.MOST_TENSORS
-    assert stable["stock"]["update_last_by_first_quarter"]["estimate"] == pytest.approx(1.0)
+    told = [sentence.split()[0] for sentence in result["findings"]]
+    assert {"heap_bytes", "tensors_alive", "resident_bytes", "iteration_cpu_ms", "learn_cpu_ms"} <= set(told)
+    stable = {arm: result["stability"][arm]["growth_per_iteration"] for arm in ("stock", "fused")}
+    assert stable["fused"]["tensors_alive"]["estimate"] == pytest.approx(1.0, abs=0.1)
+    assert stable["fused"]["heap_bytes"]["estimate"] == pytest.approx(2**20, rel=0.1)
+    assert stable["fused"]["resident_bytes"]["estimate"] == pytest.approx(2**20, rel=0.3)
+    assert abs(stable["stock"]["tensors_alive"]["estimate"]) < soak.MOST_GROWTH["tensors_alive"]
+    stock_drift = result["stability"]["stock"]["last_by_first_quarter"]
+    assert stock_drift["learn_cpu_ms"]["estimate"] == pytest.approx(1.0)
 
 
 def test_the_environment_ends_episodes_both_ways_and_hands_out_what_came_before() -> None:
