@@ -137,13 +137,15 @@ def draw(path: Path, result: dict) -> None:
 def _draw_task(cells: list[Axes], name: str, task: dict) -> None:
     per_step, per_second, parts = cells
     runs, returns = task["runs"], task["returns"]
-    results.draw_return_per_step(per_step, runs, task["iterations"] * task["steps_per_iteration"], _BINS)
-    results.draw_return_per_second(per_second, runs, _BINS)
-    per_step.set_title(f"{name}, {len(task['seeds'])} seeds")
-    per_step.set_xlabel("environment steps")
-    per_second.set_xlabel("seconds of training")
+    iterations, times = task["iterations"], task["times"]
+    results.draw_returns(per_step, runs, dict.fromkeys(ARMS, iterations * task["steps_per_iteration"]), _BINS)
+    # the machine's moods, which differ from pair to pair, are left out: the ratio is that within pairs
+    stock = 1e-3 * iterations * times["iteration"]["ms_stock"]["estimate"]
+    ends = {"stock": stock, "fused": stock / times["iteration"]["times_faster"]["estimate"]}
+    results.draw_returns(per_second, runs, ends, _BINS)
+    results.label(per_step, f"{name}, {len(task['seeds'])} seeds", "environment steps", "")
+    results.label(per_second, "", "seconds of training", "")
     per_step.annotate(results.difference_text(returns), (0.98, 0.03), **results.NOTE)
-    times = task["times"]
     for place, arm in enumerate(reversed(ARMS)):
         collect, update = (times[part][f"ms_{arm}"]["estimate"] for part in ("collect", "update"))
         parts.barh(place, collect, color=results.GREY, height=0.6)

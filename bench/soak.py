@@ -194,7 +194,7 @@ def draw(path: Path, result: dict) -> None:
     with results.figure(path, 11.0, 7.2) as figure:
         grid = figure.subplots(2, 2)
         (learning, finals), (memory, speed) = grid
-        results.draw_return_per_step(learning, runs, iterations * result["steps_per_iteration"], _BINS)
+        results.draw_returns(learning, runs, dict.fromkeys(ARMS, iterations * result["steps_per_iteration"]), _BINS)
         results.label(
             learning,
             f"{result['task']}, {len(result['seeds'])} seeds",

@@ -67,17 +67,6 @@ def curves(records: Sequence[Record], bins: int) -> tuple[np.ndarray, np.ndarray
     return ((edges[:-1] + edges[1:]) / 2 / edges[-1])[known], returns[:, known]
 
 
-def curves_in_time(records: Sequence[Record], bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """As ``curves``, over the seconds spent in training: between the last run's first point and the first's last."""
-    shares, returns = curves(records, bins)
-    clocks = []
-    for record in records:
-        passed = np.append(0.0, np.cumsum(iteration_ms(record)) / 1e3)
-        clocks.append(np.interp(shares, np.linspace(0.0, 1.0, len(passed)), passed))
-    seconds = np.linspace(max(clock[0] for clock in clocks), min(clock[-1] for clock in clocks), 4 * len(shares))
-    return seconds, np.stack([np.interp(seconds, clock, run) for clock, run in zip(clocks, returns, strict=True)])
-
-
 def compare_returns(arms: Arms) -> dict:
     """Final returns of both arms, their difference, and whether it is more than chance."""
     rng = random_numbers()

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter
 
 from pyfast_ppo.bench.machine import cpu_name
 from pyfast_ppo.cli.files import write_atomically
-from runs.comparison import ARMS, Arms, curves, curves_in_time, random_numbers
+from runs.comparison import ARMS, Arms, curves, random_numbers
 from runs.statistics import iqm_interval
 
 ROOT = Path(__file__).parents[2]
@@ -78,15 +78,15 @@ def figure(path: Path, width: float, height: float):
     write_atomically(path, image.getvalue())
 
 
-def draw_return_per_step(axes: Axes, arms: Arms, steps: int, bins: int) -> None:
-    """Interquartile means over runs, with their intervals, against the environments' steps; ``steps``: of a run."""
-    _draw(axes, arms, lambda records: curves(records, bins), steps)
+def draw_returns(axes: Axes, arms: Arms, ends: Mapping[str, float], bins: int) -> None:
+    """Interquartile means over runs, with their intervals. ``ends``: where an arm's runs end on the x axis."""
+    for arm in ARMS:
+        shares, returns = curves(arms[arm], bins)
+        band = iqm_interval([returns], random_numbers())
+        x = ends[arm] * shares
+        axes.fill_between(x, band.low, band.high, color=COLORS[arm], alpha=0.18, linewidth=0)
+        axes.plot(x, band.estimate, color=COLORS[arm], linewidth=1.8, label=NAMES[arm])
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def draw_return_per_second(axes: Axes, arms: Arms, bins: int) -> None:
-    """The same against the seconds of training."""
-    _draw(axes, arms, lambda records: curves_in_time(records, bins), 1.0)
 
 
 def label(axes: Axes, title: str, x: str, y: str) -> None:
@@ -108,14 +108,6 @@ def difference_text(returns: dict) -> str:
         f"P(fused better): {text(returns['probability_that_fused_is_better'])}\n"
         f"permutation test: p = {returns['permutation_p_value']:.2f}"
     )
-
-
-def _draw(axes: Axes, arms: Arms, points: Callable, unit: float) -> None:
-    for arm in ARMS:
-        x, returns = points(arms[arm])
-        band = iqm_interval([returns], random_numbers())
-        axes.fill_between(unit * x, band.low, band.high, color=COLORS[arm], alpha=0.18, linewidth=0)
-        axes.plot(unit * x, band.estimate, color=COLORS[arm], linewidth=1.8, label=NAMES[arm])
 
 
 def keep(result: dict, name: str | None, subject: str, work: Path, draw: Callable[[Path, dict], None]) -> None:

@@ -10,15 +10,13 @@ from runs.comparison import (
     compare_returns,
     compare_times,
     curves,
-    curves_in_time,
     final_return,
     mean_returns,
 )
 
 
-def short(episodes: list[int], mean_return: list[float | None], ms: float = 500.0) -> dict[str, list]:
-    times = {"collect_ms": [ms] * len(episodes), "update_ms": [ms] * len(episodes)}
-    return {"episodes": episodes, "mean_return": mean_return, **times}
+def short(episodes: list[int], mean_return: list[float | None]) -> dict[str, list]:
+    return {"episodes": episodes, "mean_return": mean_return}
 
 
 def test_mean_returns_weigh_episodes_alike() -> None:
@@ -36,15 +34,6 @@ def test_curves_leave_out_bins_that_a_run_knows_nothing_of() -> None:
     shares, returns = curves([short([0, 1, 1, 1], [None, 1, 2, 3]), short([1, 1, 0, 1], [4, 5, None, 6])], bins=4)
     assert shares.tolist() == [0.375, 0.875]
     assert returns.tolist() == [[1.0, 3.0], [5.0, 6.0]]
-
-
-def test_curves_in_time_are_drawn_out_by_a_slow_run() -> None:
-    rising = [float(i) for i in range(1, 9)]
-    fast = short([1] * 8, rising, ms=500.0)  # 1 s an iteration
-    slow = short([1] * 8, rising, ms=1000.0)
-    seconds, returns = curves_in_time([fast, slow], bins=8)
-    assert seconds[0] == 1.0 and seconds[-1] == 7.5  # from the slow run's first middle to the fast run's last
-    np.testing.assert_allclose(returns[0], 2.0 * returns[1] - 0.5)  # middles of the bins are half an iteration early
 
 
 def test_equal_arms_are_not_told_apart_and_unequal_ones_are() -> None:
