@@ -272,13 +272,15 @@ def _checked_action_space(space: gymnasium.Space) -> gymnasium.spaces.Box:
 def _group_shapes(space: gymnasium.Space) -> dict[str, tuple[int, ...]]:
     """Shape of each observation group without the leading E."""
     spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {"policy": space}
+    shapes = {}
     for name, subspace in spaces.items():
         if not isinstance(subspace, gymnasium.spaces.Box):
             raise ValueError(
                 f"the observation {name!r} has the space {subspace}, but only a Box or a flat Dict of boxes can be"
                 " turned into tensors; wrap the environment in gymnasium.wrappers.FlattenObservation."
             )
-    return {name: _group_shape(subspace.shape) for name, subspace in spaces.items()}
+        shapes[name] = _group_shape(subspace.shape)
+    return shapes
 
 
 def _group_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

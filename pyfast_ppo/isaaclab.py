@@ -194,7 +194,7 @@ def install_wrapper() -> None:
     isaaclab_rl.rsl_rl.RslRlVecEnvWrapper = RslRlVecEnvWrapper
     for name, module in list(sys.modules.items()):  # that have imported it already
         if name.startswith("isaaclab_rl.entrypoints.") and vars(module).get("RslRlVecEnvWrapper") is StockWrapper:
-            module.RslRlVecEnvWrapper = RslRlVecEnvWrapper
+            vars(module)["RslRlVecEnvWrapper"] = RslRlVecEnvWrapper
 
 
 class _FinalObservations:
@@ -318,10 +318,10 @@ class _StateCopier:
     def __call__(self, value: Any) -> Any:
         if id(value) in self._copies:
             return self._copies[id(value)]
-        kind = type(value)
+        kind: Any = type(value)
         if isinstance(value, Tensor):
             is_state = value.numel() <= _LARGEST_STATE or self.num_envs in value.shape
-            twin = value.clone() if is_state else value
+            twin: Any = value.clone() if is_state else value
         elif isinstance(value, TensorDictBase):
             twin = value.clone()
         elif kind is tuple:
@@ -466,7 +466,7 @@ def make(task: str, num_envs: int, device: str, seed: int) -> tuple[RslRlVecEnvW
 
 def _use_local_cartpole(scene: Any) -> None:
     """Newton's copy of Isaac Lab's cartpole in place of the one on NVIDIA's asset server, if it is one."""
-    robot = getattr(scene, "cartpole", None) or getattr(scene, "robot", None)
+    robot: Any = getattr(scene, "cartpole", None) or getattr(scene, "robot", None)
     if not str(getattr(getattr(robot, "spawn", None), "usd_path", "")).endswith("/Cartpole/cartpole.usd"):
         return
     import newton.examples

@@ -354,7 +354,8 @@ def multi_categorical(logits_p: Tensor, logits_q: Tensor, sizes: list[int]) -> T
                 f"{name} must have {sum(sizes)} = sum of sizes in its last dimension, got {logits.shape[-1]}"
             )
     parts = zip(logits_p.split(sizes, -1), logits_q.split(sizes, -1), strict=True)
-    return sum(categorical(p, q) for p, q in parts)
+    first, *others = [categorical(p, q) for p, q in parts]
+    return sum(others, first)
 
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -373,7 +373,8 @@ def study_rule(rule: Rule, seed: int, updates: int) -> RuleFinding:
         reward = -(actions - observations @ target).square().mean(-1)
         noisy = reward + 0.3 * torch.randn(reward.shape, generator=g)
         advantages = (noisy - noisy.mean(-1, keepdim=True)) / noisy.std(-1, keepdim=True)
-        rates, last_epoch = [], []
+        rates = []
+        last_epoch: list[Tensor] = []
         for step in range(EPOCHS * MINI_BATCHES):
             rows = slice(step % MINI_BATCHES, None, MINI_BATCHES)  # the same mini-batches in each epoch, as rsl_rl's
             before = Gaussians(old.mean[:, rows], old.std)

@@ -278,11 +278,11 @@ def _put_back(objects: Iterable[object], num_envs: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for container, content in dicts:
+        for container, entries in dicts:
             container.clear()
-            container.update(content)
-        for sequence, content in lists:
-            sequence[:] = content
+            container.update(entries)
+        for sequence, items in lists:
+            sequence[:] = items
         with torch.inference_mode():  # allows to write to a tensor that was made in it, wherever the step is made
             for tensor, content in tensors:
                 tensor.copy_(content)

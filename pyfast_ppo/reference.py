@@ -111,6 +111,8 @@ def kl_loss_terms(log_ratio: Tensor, which: int) -> tuple[Tensor, Tensor]:
             return -x * inv_r, -inv_r
         case ("old_new", "new", "k3"):
             return k3(-x), -torch.expm1(-clamped)
+        case unknown:
+            raise NotImplementedError(unknown)
 
 
 def k3(x: Tensor) -> Tensor:
@@ -156,26 +158,29 @@ def ppo_loss(
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
     correction = clamped - log_ratio.detach()  # NaN if the log-ratio is not finite, so that it shows
     ratio = torch.exp(log_ratio + correction)
-    clipped_ratio = torch.clamp(ratio, 1.0 - clip_param, 1.0 + clip_param)
+    # torch's stubs have clamp for two numbers and for two tensors, but not for what may be either
+    clipped_ratio = torch.clamp(ratio, 1.0 - clip_param, 1.0 + clip_param)  # type: ignore[arg-type]
     surrogate = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
 
     # value loss
     if use_clipped_value_loss:
-        value_clipped = old_values + (values - old_values).clamp(-clip_param, clip_param)
+        value_clipped = old_values + (values - old_values).clamp(-clip_param, clip_param)  # type: ignore[arg-type]
         value_loss = torch.max((values - returns).pow(2), (value_clipped - returns).pow(2)).mean()
     else:
         value_loss = (returns - values).pow(2).mean()
 
     # entropy and KL, over the original rows
     entropy = gaussian_entropy(std[:num_original]).mean()
-    new = (mean[:num_original], std[:num_original])
+    new_mean, new_std = mean[:num_original], std[:num_original]
     # a coefficient of 0 keeps a KL that overflowed away from the gradients, as if the term were not there
     if isinstance(kl_coef, Tensor):
-        new = tuple(torch.where(kl_coef != 0.0, t, t.detach()) for t in new)
+        new_mean, new_std = (torch.where(kl_coef != 0.0, t, t.detach()) for t in (new_mean, new_std))
     elif kl_coef == 0.0:
-        new = tuple(t.detach() for t in new)
-    old = (old_mean, old_std)
-    kl_rows = gaussian_kl(*new, *old) if kl_new_old else gaussian_kl(*old, *new)
+        new_mean, new_std = new_mean.detach(), new_std.detach()
+    if kl_new_old:
+        kl_rows = gaussian_kl(new_mean, new_std, old_mean, old_std)
+    else:
+        kl_rows = gaussian_kl(old_mean, old_std, new_mean, new_std)
     kl = kl_rows.mean()
 
     loss = surrogate + value_loss_coef * value_loss - entropy_coef * entropy + kl_coef * kl

@@ -6,8 +6,8 @@ space is built: mjlab has spaces of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeGuard
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def clip_range(
         value = float(clip_actions)
         if value < 0.0:
             raise ValueError(f"{name} must not be negative, got {value:g}: it stands for [-c, c].")
-        sides = (-value, value)
+        sides: tuple[Limit, ...] = (-value, value)
     elif isinstance(clip_actions, Sequence | np.ndarray | Tensor) and not isinstance(clip_actions, str):
         sides = tuple(clip_actions)
         if len(sides) != 2:
@@ -144,7 +144,7 @@ def _limit(side: Any, name: str, num_actions: int) -> np.ndarray:
     return np.broadcast_to(values, (num_actions,))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[SupportsFloat]:
     if isinstance(value, Tensor | np.ndarray):
         return value.ndim == 0
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
@@ -154,7 +154,7 @@ def _to_tensor(values: np.ndarray, device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _shown(clip_actions: ClipActions) -> str:
+def _shown(clip_actions: ClipActions | Limit) -> str:
     """``clip_actions`` in an error: tensors as lists."""
     if isinstance(clip_actions, Tensor | np.ndarray):
         return str(clip_actions.tolist())
@@ -188,7 +188,8 @@ def observation_spaces(
     """The space of one environment, as :func:`single_observation_space` returns it, and that of all E together."""
     from gymnasium.vector.utils import batch_space
 
-    return (single := single_observation_space(obs, declared)), batch_space(single, next(_leaves(obs)).shape[0])
+    # Gymnasium's annotations do not say that a Dict gives a Dict
+    return (single := single_observation_space(obs, declared)), batch_space(single, next(_leaves(obs)).shape[0])  # type: ignore[return-value]
 
 
 def check_obs_groups(obs_groups: Mapping[str, Iterable[str]], obs: TensorDict | Mapping[str, Any]) -> None:
@@ -224,13 +225,12 @@ def _group_space(group: Any, declared: Any) -> gymnasium.Space:
     shape, dtype = tuple(group.shape[1:]), _numpy_dtype(group.dtype)
     if isinstance(declared, Box) and declared.shape == shape and declared.dtype == dtype:
         return declared
+    limits: tuple[float, float] = (-np.inf, np.inf)
     if dtype == np.bool_:
-        low, high = 0, 1
+        limits = (0, 1)
     elif np.issubdtype(dtype, np.integer):
-        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
-    else:
-        low, high = -np.inf, np.inf
-    return Box(low, high, shape, dtype)
+        limits = (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return Box(*limits, shape, dtype)
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
@@ -238,7 +238,7 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _leaves(obs: Any) -> Iterable[Tensor]:
+def _leaves(obs: Any) -> Iterator[Tensor]:
     for group in obs.values():
         if isinstance(group, Tensor):
             yield group

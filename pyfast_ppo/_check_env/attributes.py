@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rsl_rl.env import VecEnv
 from torch import Tensor
@@ -34,7 +36,7 @@ def unknown_device(env: VecEnv) -> Finding | None:
 
 
 def max_episode_length(env: VecEnv) -> Finding | None:
-    length = getattr(env, "max_episode_length", None)
+    length: Any = getattr(env, "max_episode_length", None)
     try:
         longest = int(length.max() if isinstance(length, Tensor) else length)
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -50,7 +52,9 @@ def max_episode_length(env: VecEnv) -> Finding | None:
 
 def episode_length_buf(env: VecEnv) -> Finding | None:
     fault = _fault_of_counts(env, getattr(env, "episode_length_buf", None))
-    return fault and Finding(
+    if fault is None:
+        return None
+    return Finding(
         "episode-length-buf",
         f"episode_length_buf {fault}",
         "make it an integer tensor [E] that counts the steps of the running episodes, and can be assigned to.",

@@ -20,7 +20,7 @@ def as_dict(train_cfg: Any) -> dict | None:
         raise TypeError(f"train_cfg must be a config, but is the class {train_cfg.__name__}: make one, with ().")
     if callable(getattr(train_cfg, "to_dict", None)):
         return copy.deepcopy(train_cfg.to_dict())
-    if dataclasses.is_dataclass(train_cfg):
+    if dataclasses.is_dataclass(type(train_cfg)):
         return _without_absent_options(dataclasses.asdict(train_cfg))
     raise TypeError(
         f"train_cfg must be a dict, a dataclass or have to_dict(), but is {type(train_cfg).__name__}: give what"
@@ -61,9 +61,9 @@ def obs_groups(cfg: dict | None, obs: Any) -> Finding | None:
         return None
     available = list(obs.keys())
     fault = _fault_of_obs_groups(cfg, available)
-    return fault and Finding(
-        "obs-groups", fault, f"name groups that the environment returns: {', '.join(map(str, available))}."
-    )
+    if fault is None:
+        return None
+    return Finding("obs-groups", fault, f"name groups that the environment returns: {', '.join(map(str, available))}.")
 
 
 def _fault_of_obs_groups(cfg: dict, available: list[str]) -> str | None:

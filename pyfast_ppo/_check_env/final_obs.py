@@ -46,7 +46,9 @@ class FinalObsWatch:
 
     def finding(self) -> Finding | None:
         fault = self._fault()
-        return fault and Finding(
+        if fault is None:
+            return None
+        return Finding(
             "wrong-final-obs",
             f"extras['final_obs']{fault}",
             "hand out a clone of the observations of all groups, computed after the physics and before the reset; the"

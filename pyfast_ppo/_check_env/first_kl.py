@@ -112,7 +112,8 @@ def _is_random(alg: Any, batch: Any) -> bool:
     for _ in range(2):
         _act_as_in_update(alg, batch, mixed=False)
         means.append(alg.actor.output_mean)
-    return not torch.allclose(*means, rtol=1e-3, atol=1e-5)  # GPUs do not always add in the same order
+    first, second = means
+    return not torch.allclose(first, second, rtol=1e-3, atol=1e-5)  # GPUs do not always add in the same order
 
 
 def _act_as_in_update(alg: Any, batch: Any, mixed: bool) -> Tensor:

@@ -23,7 +23,7 @@ class LastActionWatch:
     def __init__(self) -> None:
         self._products: dict[str, Tensor] = {}  # [A, d]
         self._obs_squares: dict[str, Tensor] = {}  # [d]
-        self._action_squares: Tensor | float = 0.0  # [A]
+        self._action_squares = torch.zeros(())  # [A], once there is one
 
     def see(self, step: Step) -> None:
         actions = step.actions[~step.dones].double()  # [rows, A]; others have been reset

@@ -17,9 +17,9 @@ from pyfast_ppo._check_env.step import Step
 
 def observations_format(env: VecEnv, cfg: dict | None, obs: Any) -> Finding | None:
     fault = _fault_of_format(env, cfg, obs)
-    return fault and Finding(
-        "observations-format", fault, "return a TensorDict of float32 groups [E, ...] with batch_size=[E]."
-    )
+    if fault is None:
+        return None
+    return Finding("observations-format", fault, "return a TensorDict of float32 groups [E, ...] with batch_size=[E].")
 
 
 def _fault_of_format(env: VecEnv, cfg: dict | None, obs: Any) -> str | None:
@@ -50,7 +50,9 @@ def observation_space(env: VecEnv, obs: Any) -> Finding | None:
     if space is None:
         space = getattr(env, "single_observation_space", None)
     fault = None if space is None else _fault_of_space(space, groups_of(obs))
-    return fault and Finding(
+    if fault is None:
+        return None
+    return Finding(
         "observation-space",
         f"the observation space declares {fault}",
         "declare a Dict with the returned groups, as the wrapper of pyfast_ppo.isaaclab does. rsl_rl does not read the"

@@ -12,13 +12,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from types import ModuleType
+from pathlib import Path
+from typing import Any
 
 from pyfast_ppo._version import __version__
 
 
 @functools.cache
-def load() -> tuple[ModuleType | None, str | None]:
+def load() -> tuple[Any, str | None]:
     """(the extension, None) or (None, why there is none)."""
     try:
         return importlib.import_module("pyfast_ppo._C"), None
@@ -28,7 +29,7 @@ def load() -> tuple[ModuleType | None, str | None]:
         return None, f"the compiled extension does not load ({error}); run `pip install .` again"
 
 
-def _load_installed() -> tuple[ModuleType | None, str | None]:
+def _load_installed() -> tuple[Any, str | None]:
     build = "run `pip install .` in the checkout to build it"
     distributions = list(importlib.metadata.distributions(name="pyfast-ppo"))
     if not distributions:
@@ -40,13 +41,14 @@ def _load_installed() -> tuple[ModuleType | None, str | None]:
         for f in d.files or ()
         if f.match("pyfast_ppo/_C.*") and f.suffix in (".so", ".pyd")
     ]
-    found = [(d, f) for d, f in found if f.locate().exists()]
+    found = [(d, f) for d, f in found if Path(f.locate()).exists()]
     if not found:
         return None, f"the compiled extension is not there; {build}"
     distribution, file = found[0]
     if distribution.version != __version__:
         return None, f"the installed extension is of version {distribution.version}, this is {__version__}; {build}"
     spec = importlib.util.spec_from_file_location("pyfast_ppo._C", file.locate())
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["pyfast_ppo._C"] = module
     spec.loader.exec_module(module)

@@ -91,15 +91,15 @@ def gae(
     return advantages, returns
 
 
-def _shape(rows: int, cols: int, dtype: torch.dtype) -> tuple[int, int, bool, int]:
-    return rows, cols, dtype == torch.float64, torch.get_num_threads()
+def _shape(shape: torch.Size, dtype: torch.dtype) -> tuple[int, ...]:
+    return *shape, dtype == torch.float64, torch.get_num_threads()
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """[N, A], [N, A], [A] or [N, A] -> [N]."""
     dtype = arithmetic_dtype(actions, mean, std)
     out = torch.empty(mean.shape[0], dtype=dtype)
-    _C.gaussian_log_prob(_shape(*mean.shape, dtype), actions, mean, std, out)
+    _C.gaussian_log_prob(_shape(mean.shape, dtype), actions, mean, std, out)
     return out
 
 
@@ -107,7 +107,7 @@ def gaussian_log_prob_backward(grad: Tensor, actions: Tensor, mean: Tensor, std:
     """(grad_mean, grad_std); the actions have the negative of the first, whose dtype suits both."""
     grad_mean, grad_std = gradient_of_both(mean, actions), gradient_of(std)
     _C.gaussian_log_prob_backward(
-        _shape(*mean.shape, arithmetic_dtype(actions, mean, std)),
+        _shape(mean.shape, arithmetic_dtype(actions, mean, std)),
         actions,
         mean,
         std,
@@ -124,21 +124,21 @@ def gaussian_kl_loss(
     """(value, coefficient), each [N], of the loss ``KL_LOSSES[which]``."""
     dtype = arithmetic_dtype(actions, mean, std, old_log_prob)
     value, coefficient = torch.empty(2, mean.shape[0], dtype=dtype).unbind()
-    _C.gaussian_kl_loss(_shape(*mean.shape, dtype), which, actions, mean, std, old_log_prob, value, coefficient)
+    _C.gaussian_kl_loss(_shape(mean.shape, dtype), which, actions, mean, std, old_log_prob, value, coefficient)
     return value, coefficient
 
 
 def gaussian_entropy(std: Tensor) -> Tensor:
     """[N, A] -> [N]."""
     out = torch.empty(std.shape[0], dtype=arithmetic_dtype(std))
-    _C.gaussian_entropy(_shape(*std.shape, out.dtype), std, out)
+    _C.gaussian_entropy(_shape(std.shape, out.dtype), std, out)
     return out
 
 
-def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor]:
+def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor, ...]:
     """(grad_std,)."""
     grad_std = gradient_of(std)
-    _C.gaussian_entropy_backward(_shape(*std.shape, arithmetic_dtype(std)), std, grad, grad_std)
+    _C.gaussian_entropy_backward(_shape(std.shape, arithmetic_dtype(std)), std, grad, grad_std)
     return (grad_std,)
 
 
@@ -147,7 +147,7 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     dtype = arithmetic_dtype(mean_p, std_p, mean_q, std_q)
     out = torch.empty(mean_p.shape[0], dtype=dtype)
     _C.gaussian_kl(
-        _shape(*mean_p.shape, dtype),
+        _shape(mean_p.shape, dtype),
         mean_p,
         std_p,
         mean_q,
@@ -164,7 +164,7 @@ def gaussian_kl_backward(
     grad_mean_p = gradient_of_both(mean_p, mean_q)
     grad_std_p, grad_std_q = gradient_of(std_p), gradient_of(std_q)
     _C.gaussian_kl_backward(
-        _shape(*mean_p.shape, arithmetic_dtype(mean_p, std_p, mean_q, std_q)),
+        _shape(mean_p.shape, arithmetic_dtype(mean_p, std_p, mean_q, std_q)),
         mean_p,
         std_p,
         mean_q,

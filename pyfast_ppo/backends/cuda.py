@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ FOR_TESTS_ONLY = False
 GATHERS = True
 
 _C, _REASON = _extension.load()
-_cuda = getattr(_C, "cuda", None)
+_cuda: Any = getattr(_C, "cuda", None)
 _scratch = ScratchPool()
 
 
@@ -178,7 +179,7 @@ def gaussian_entropy(std: Tensor) -> Tensor:
     return _row_sums(_cuda.gaussian_entropy, (std,))
 
 
-def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor]:
+def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor, ...]:
     """(grad_std,)."""
     return _gradients(_cuda.gaussian_entropy_backward, grad, (std,), (std,), (None,))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,19 +24,17 @@ def detail() -> str:
     return "plain PyTorch, any device"
 
 
-def ppo_loss(
-    mean: Tensor, std: Tensor, values: Tensor, *rest: Tensor | float | bool | int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ppo_loss(mean: Tensor, std: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(metrics, grad_mean, grad_std, grad_values); arguments as ``reference.ppo_loss``."""
     with torch.inference_mode(False), torch.enable_grad():
-        leaves = [reference.savable(t.detach()).requires_grad_() for t in (mean, std, values)]
-        rest = [t.detach() if isinstance(t, Tensor) else t for t in rest]
-        loss, metrics = reference.ppo_loss(*leaves, *rest)
-        grads = torch.autograd.grad(loss, leaves)
-    return metrics, *grads
+        mean, std, values = (reference.savable(t.detach()).requires_grad_() for t in (mean, std, values))
+        rest = tuple(t.detach() if isinstance(t, Tensor) else t for t in rest)
+        loss, metrics = reference.ppo_loss(mean, std, values, *rest)
+        grad_mean, grad_std, grad_values = torch.autograd.grad(loss, (mean, std, values))
+    return metrics, grad_mean, grad_std, grad_values
 
 
-def gae(*args: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
+def gae(*args: Any) -> tuple[Tensor, Tensor]:
     """(advantages, returns); arguments as ``reference.gae``."""
     with torch.no_grad():
         return reference.gae(*args)

@@ -62,6 +62,7 @@ def _kernels(module: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(
             package, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
+        assert spec is not None and spec.loader is not None
         sys.modules[package] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[package])
     return importlib.import_module(f"{package}.{module}")
@@ -247,7 +248,7 @@ def gaussian_entropy(std: Tensor) -> Tensor:
     return _row_sums("entropy_kernel", {"STD": std})
 
 
-def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor]:
+def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor, ...]:
     """(grad_std,)."""
     return _gradients("entropy_backward_kernel", grad, {"STD": std}, (std,), (None,))
 

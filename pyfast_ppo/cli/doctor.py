@@ -90,7 +90,7 @@ def _make_gymnasium(name: str, num_envs: int, device: str) -> tuple[VecEnv, dict
     env = make_env(settings)
     obs = env.get_observations()
     has_images = any(values.dim() != 2 for values in obs.values())  # which the MLPs of that config do not read
-    return env, None if has_images else train_config(settings, list(obs.keys()))
+    return env, None if has_images else train_config(settings, list(map(str, obs.keys())))
 
 
 def _positive(text: str) -> int:

@@ -43,7 +43,7 @@ def vector_groups(env: GymnasiumVecEnv) -> list[str]:
             f"the observation {images[0]!r} is an image, and this command trains MLPs; use rsl_rl's OnPolicyRunner with"
             " a CNNModel and pyfast_ppo.gymnasium:GymnasiumVecEnv."
         )
-    return list(obs.keys())
+    return list(map(str, obs.keys()))
 
 
 def _near_matches(env_id: str) -> str:

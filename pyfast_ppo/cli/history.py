@@ -6,6 +6,7 @@ import csv
 import io
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pyfast_ppo.cli.files import write_atomically
 
@@ -68,4 +69,5 @@ def _record(row: dict[str, str]) -> Record:
     optional = {name: float(row[name]) if row[name] != "" else None for name in _OPTIONAL}
     integers = {name: int(row[name]) for name in _INTEGERS}
     others = {name: float(row[name]) for name in _COLUMNS if name not in {*_OPTIONAL, *_INTEGERS}}
-    return Record(**integers, **optional, **others)
+    values: dict[str, Any] = {**integers, **optional, **others}
+    return Record(**values)

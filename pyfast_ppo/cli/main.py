@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (train, bench, kl_study, doctor):
         name = module.__name__.rpartition(".")[2].replace("_", "-")
-        summary = module.__doc__.splitlines()[0]
+        summary = (module.__doc__ or name).splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

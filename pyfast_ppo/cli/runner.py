@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -150,7 +150,7 @@ def _read_checkpoint(path: Path, device: str) -> dict:
     return checkpoint
 
 
-def _mean(values: object) -> float | None:
+def _mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
 

@@ -45,5 +45,6 @@ def make_task(settings: Settings) -> Task:
 
     env = make_env(settings)
     config = train_config(settings, vector_groups(env))
-    threshold = env.env.spec.reward_threshold
+    spec = env.env.spec
+    threshold = None if spec is None else spec.reward_threshold
     return Task(env, config, threshold, lambda seed: env.reset(seed=seed), (NonFiniteActionError,), False)

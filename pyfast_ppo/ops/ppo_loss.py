@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -409,7 +409,7 @@ def _is_known_to_be_one(grad_loss: Tensor) -> bool:
     return grad_loss.device.type == "cpu" and not torch.compiler.is_compiling() and grad_loss.item() == 1.0
 
 
-def _scale(grad_loss: Tensor, grads: tuple[Tensor, ...]) -> list[Tensor]:
+def _scale(grad_loss: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch._foreach_mul(list(grads), grad_loss)
 
 
@@ -431,7 +431,7 @@ _NUM_OP_ARGUMENTS = _NUM_TENSORS + 2 * len(_COEFFICIENTS) + 4
 
 
 def _to_op(call: tuple) -> tuple:
-    pairs = []
+    pairs: list[Any] = []
     for value in call[_NUM_TENSORS : _NUM_TENSORS + len(_COEFFICIENTS)]:
         pairs += (value, 0.0) if isinstance(value, Tensor) else (None, value)
     return (*call[:_NUM_TENSORS], *pairs, *call[_NUM_TENSORS + len(_COEFFICIENTS) : -1])  # without the dtype
