@@ -91,6 +91,19 @@ def gae(
     return advantages, returns
 
 
+def add_bias_and_elu(x: Tensor, bias: Tensor) -> Tensor:
+    """elu(x + bias), in the memory of x: [N, H], [H], contiguous float32."""
+    _C.add_bias_and_elu((*x.shape, torch.get_num_threads()), x, bias)
+    return x
+
+
+def add_bias_and_elu_backward(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad_x, grad_bias), with y what ``add_bias_and_elu`` gave. Contiguous float32."""
+    grad_x, grad_bias = torch.empty_like(y), y.new_empty(y.shape[1])
+    _C.add_bias_and_elu_backward((*y.shape, torch.get_num_threads()), grad, y, grad_x, grad_bias)
+    return grad_x, grad_bias
+
+
 def _shape(shape: torch.Size, dtype: torch.dtype) -> tuple[int, ...]:
     return *shape, dtype == torch.float64, torch.get_num_threads()
 

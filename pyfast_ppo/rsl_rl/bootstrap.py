@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.nn as nn
+from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class FinalValues:
     device.
     """
 
-    def __init__(self, critic: nn.Module, groups: list[str], values: Tensor, at_once: bool) -> None:
+    def __init__(self, critic: MLPModel, groups: list[str], values: Tensor, at_once: bool) -> None:
         """``groups``: the critic's observation groups. ``values``: [T, E, 1], as the storage has them."""
         self._critic = critic
         self._groups = groups
@@ -27,7 +28,7 @@ class FinalValues:
         with torch.inference_mode(False):  # written to in and outside of inference mode
             self._values = torch.zeros_like(values)  # [T, E, 1]
             self._time_outs = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)  # [T, E]
-        self._obs: TensorDict | None = None  # [T, E]
+        self._obs: Any = None  # a TensorDict [T, E], once there was one
         self.any_recorded = False  # since the rollout began
 
     def record(self, step: int, final_obs: Mapping[str, Tensor], time_outs: Tensor) -> None:

@@ -64,7 +64,8 @@ class _Clip(nn.Module):
         self.register_buffer("high", high)
 
     def forward(self, actions: Tensor) -> Tensor:
-        return torch.clamp(actions, self.low, self.high)
+        # TorchScript cannot read the annotations that would tell a type checker what these are
+        return torch.clamp(actions, self.low, self.high)  # type: ignore[arg-type]
 
 
 def _clipped(runner: Any, method: str, action_bounds: ActionBounds) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -25,6 +26,7 @@ from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import Run
+from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, widest_layer
 from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, first_nonfinite, statistics_in_place
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.policy import (
@@ -50,7 +52,7 @@ _NORMALIZES_IN_UPDATE = tuple(int(part) for part in version("rsl-rl-lib").split(
 BOOTSTRAPS = ("final_obs", "rsl_rl")
 NONFINITE = ("skip", "raise", "ignore")
 _CHECKPOINT_KEY = "pyfast_ppo"
-_PIECE_ROWS = 4096  # 2 MB of activations a layer of 128 units
+_PIECE_BYTES = 2**21  # of the widest layer's activations
 
 
 class FusedPPO(PPO):
@@ -158,6 +160,8 @@ class FusedPPO(PPO):
         if kl_target is not None and not kl_coef > 0.0:
             raise ValueError(f"kl_target adapts kl_coef, which must then be positive at the start, got {kl_coef}")
         self.backend = backend
+        self._on_cpu_kernels = selected.name == "cpu"
+        self._piece_rows = _PIECE_BYTES // (4 * widest_layer(self._raw_actor, self._raw_critic)) or 1
         self.kl_coef = kl_coef
         self.kl_rule = kl_rule
         self.kl_direction = kl_direction
@@ -180,7 +184,7 @@ class FusedPPO(PPO):
         self.global_advantage_statistics = global_advantage_statistics
         self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
 
-        self._sampling = nullcontext
+        self._sampling: Callable[[], AbstractContextManager] = nullcontext
         self._captured_rollout: Captured[None] | None = None
         self._std_is_parameter = False
         self._stock_reason = reason_not_fused(self._raw_actor)
@@ -193,13 +197,13 @@ class FusedPPO(PPO):
             return
         distribution = self._raw_actor.distribution
         self._std_is_parameter = std_is_parameter(distribution)
-        self._without_sampling = (
+        self._without_sampling: Callable[[], AbstractContextManager] = (
             nullcontext if keep_random_stream else SampleInstead(distribution, lambda: distribution.mean)
         )
         if type(distribution).sample is GaussianDistribution.sample:
             self._sampling = SampleInstead(distribution, lambda: sample_without_waiting(distribution))
         self._rate = DeviceRate(self.optimizer)
-        self._rnd_rate = DeviceRate(self.rnd.optimizer) if self.rnd else None
+        self._rnd_rate: Any = DeviceRate(self.rnd.optimizer) if self.rnd else None
         self._kl_control = KLControl(
             self._rate,
             self.desired_kl if self.schedule == "adaptive" else None,
@@ -210,11 +214,11 @@ class FusedPPO(PPO):
             self._world_size,
         )
         self._penalty_coef: Tensor | None = None  # the memory of kl_coef on the device, if it adapts
-        self._rows: Tensor | None = None  # the order of the rollout's rows in each epoch, or in all
-        self._last_obs: TensorDict | None = None  # the memory of what the rollout ended with, for a graph
+        self._rows: Any = None  # the order of the rollout's rows in each epoch, or in all
+        self._last_obs: Any = None  # the memory of what the rollout ended with, for a graph
         self._rollout_key: tuple = ()
         self._captured = Captured[Run]("The update") if cuda_graph else None
-        if cuda_graph:
+        if self._captured is not None:
             reason = self._reason_rollout_not_captured()
             if reason is None:
                 self._captured_rollout = Captured[None]("The rollout")
@@ -265,7 +269,7 @@ class FusedPPO(PPO):
             else:
                 place[st.step].copy_(params)
 
-    def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Tensor]) -> None:
+    def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Any]) -> None:
         """Record one environment step."""
         if self.time_out_bootstrap == "final_obs" and "time_outs" in extras:
             extras = dict(extras)
@@ -397,8 +401,11 @@ class FusedPPO(PPO):
         """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
         run = Run(self._metric_names(), self.kl_coef if self._penalty_coef is None else self._penalty_coef)
         self._kl_control.begin()
-        for batch in self._mini_batches():
-            self._step(batch, run)
+        compiled = self.actor is not self._raw_actor
+        models = (self._raw_actor, self._raw_critic) if self._on_cpu_kernels and not compiled else ()
+        with fused_hidden_layers(*models):
+            for batch in self._mini_batches():
+                self._step(batch, run)
         self._kl_control.after_last_step(run, self.num_mini_batches)
         return run
 
@@ -422,11 +429,13 @@ class FusedPPO(PPO):
         tensors = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
         tensors += [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, *st.distribution_params]
         tensors += [*st.observations.values(), self._rows]
-        numbers = (self.clip_param, self.value_loss_coef, self.entropy_coef, self.max_grad_norm, self.desired_kl)
-        numbers += (self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches)
-        numbers += (self.kl_coef if self._penalty_coef is None else None, self.normalize_advantage_per_mini_batch)
-        numbers += (None if self._kl_control.adaptive else tuple(group["lr"] for group in self.optimizer.param_groups),)
-        numbers += (getattr(self, "use_mixed_precision", False), torch.get_float32_matmul_precision())
+        rates = None if self._kl_control.adaptive else tuple(group["lr"] for group in self.optimizer.param_groups)
+        numbers = (
+            *(self.clip_param, self.value_loss_coef, self.entropy_coef, self.max_grad_norm, self.desired_kl, rates),
+            *(self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches),
+            *(self.kl_coef if self._penalty_coef is None else None, self.normalize_advantage_per_mini_batch),
+            *(getattr(self, "use_mixed_precision", False), torch.get_float32_matmul_precision()),
+        )
         return addresses(modules, tensors), modes(modules), numbers
 
     def _raise_if_lost(self, loss_dict: dict[str, float]) -> None:
@@ -481,9 +490,9 @@ class FusedPPO(PPO):
         """The mini-batch, on the CPU in parts whose activations stay in the caches; their gradients add up."""
         num_rows = batch.observations.batch_size[0]
         whole = batch.masks is not None or self.symmetry or self.rnd or self.actor is not self._raw_actor
-        if whole or torch.device(self.device).type != "cpu" or num_rows < 2 * _PIECE_ROWS:
+        if whole or torch.device(self.device).type != "cpu" or num_rows < 2 * self._piece_rows:
             return [batch]
-        return [rows_of(batch, slice(first, first + _PIECE_ROWS)) for first in range(0, num_rows, _PIECE_ROWS)]
+        return [rows_of(batch, slice(i, i + self._piece_rows)) for i in range(0, num_rows, self._piece_rows)]
 
     def _backward(self, batch: RolloutStorage.Batch, share: float, kl_coef: float | Tensor) -> Tensor:
         """Forward and backward of a mini-batch, or of a piece of one that has this share of its rows.
@@ -517,7 +526,7 @@ class FusedPPO(PPO):
         if self._std_is_parameter:
             old_std = first_row(old_std)
         num_original = original_batch_size if augmented else None
-        out, grads = ppo_loss_and_grad(
+        out, loss_grads = ppo_loss_and_grad(
             mean,
             std,
             values,
@@ -538,14 +547,14 @@ class FusedPPO(PPO):
             backend=self.backend,
         )
 
-        outputs, grads = [mean, std, values], [grad if share == 1.0 else grad * share for grad in grads]
+        outputs, grads = [mean, std, values], [grad if share == 1.0 else grad * share for grad in loss_grads]
         if symmetry_loss is not None and self.symmetry.use_mirror_loss:
             mirror_loss = self.symmetry.mirror_loss_coeff * symmetry_loss
             outputs.append(mirror_loss)
             grads.append(torch.ones_like(mirror_loss))
-        pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-        torch.autograd.backward(*zip(*pairs, strict=True))
-        if self.rnd:
+        learned = [i for i, output in enumerate(outputs) if output.requires_grad]
+        torch.autograd.backward([outputs[i] for i in learned], [grads[i] for i in learned])
+        if rnd_loss is not None:
             rnd_loss.backward()
 
         new_std = std.detach() if std.dim() == 1 else std[:num_original].detach()

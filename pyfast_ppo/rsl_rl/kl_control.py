@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class KLControl:
     ) -> None:
         """``desired_kl``: None for a learning rate that is not adaptive. Otherwise as the arguments of FusedPPO."""
         self.rate = rate
-        self.rule = None if desired_kl is None else KL_RULES[kl_rule](desired_kl)
+        self.rule: Any = None if desired_kl is None else KL_RULES[kl_rule](desired_kl)
         self.penalty = None if kl_target is None else AdaptivePenalty(kl_target)
         self._early_stop = None if early_stop_kl is None else EarlyStop(early_stop_kl)
         self._adapt_before_first_step = adapt_before_first_step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ class Run:
     def __init__(self, names: list[str], kl_coef: float | Tensor) -> None:
         """``names``: of a mini-batch's metrics; "kl" is one of them."""
         self._names = names
-        self.kl_coef = kl_coef
+        self.kl_coef: Any = kl_coef  # a 0-dim tensor if it adapts
         self.metrics: list[Tensor] = []  # a row for each mini-batch, as the names
         self.rule_kls: list[Tensor] = []  # what the rule for the learning rate was fed
         self.rates: list[Tensor] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
@@ -18,9 +20,9 @@ class DeviceRate:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._initial: Tensor | None = None
-        self._value: Tensor | None = None
+        self._optimizer: Any = optimizer  # torch's stubs lack what fused steps read
+        self._initial: Any = None  # 0-dim float64, from the first update on
+        self._value: Any = None  # 0-dim float64, while an update runs
         self._skip: Tensor | None = None
         self._options = [dict(group) for group in optimizer.param_groups]  # as they were made
         self.prepare()

@@ -16,6 +16,7 @@
 #if defined(PYFAST_PPO_EMULATED_CUDA)
 #include "cuda_calls.h"
 #else
+#include "cpu/elu.h"
 #include "cpu/gae.h"
 #include "cpu/gaussian.h"
 #include "cpu/ppo_loss.h"
@@ -307,13 +308,33 @@ bool run_kl(Plan& plan, const Sizes& n) {
   return b.all_written();
 }
 
+#if !defined(PYFAST_PPO_EMULATED_CUDA)
+bool run_elu(Plan& plan, const Sizes& n) {
+  Buffers b(plan);
+  const bool any_layout = plan.any_layout;
+  plan.any_layout = false;  // contiguous float32 is all that it takes
+  float* x = static_cast<float*>(const_cast<void*>(b.input("x", n.rows, n.cols, false).data));
+  add_bias_and_elu(n.rows, n.cols, x, static_cast<const float*>(b.input("bias", 1, n.cols, false).data), n.threads);
+  const float* grad = static_cast<const float*>(b.input("grad", n.rows, n.cols, false).data);
+  float* grad_x = static_cast<float*>(b.output("grad_x", n.rows * n.cols, DType::kFloat32).data);
+  float* grad_bias = static_cast<float*>(b.output("grad_bias", n.cols, DType::kFloat32).data);
+  add_bias_and_elu_backward(n.rows, n.cols, grad, x, grad_x, grad_bias, n.threads);
+  plan.any_layout = any_layout;
+  return b.all_written();
+}
+#endif
+
 struct Kernel {
   const char* name;
   bool (*run)(Plan&, const Sizes&);
 };
 
-constexpr Kernel kKernels[] = {{"ppo_loss", run_ppo_loss}, {"gae", run_gae},         {"log_prob", run_log_prob},
-                               {"kl_loss", run_kl_loss},   {"entropy", run_entropy}, {"kl", run_kl}};
+constexpr Kernel kKernels[] = {
+#if !defined(PYFAST_PPO_EMULATED_CUDA)
+    {"elu", run_elu},
+#endif
+    {"ppo_loss", run_ppo_loss}, {"gae", run_gae},         {"log_prob", run_log_prob},
+    {"kl_loss", run_kl_loss},   {"entropy", run_entropy}, {"kl", run_kl}};
 
 // Small ones, the borders of tiles and chunks, and rows longer than a tile.
 Sizes random_sizes(Plan& plan, int max_threads) {

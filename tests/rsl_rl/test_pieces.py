@@ -14,6 +14,8 @@ HETEROSCEDASTIC = {"distribution_cfg": {"class_name": "HeteroscedasticGaussianDi
 LSTM = {"class_name": "RNNModel", "rnn_type": "lstm", "rnn_hidden_dim": 8}
 RND = {"num_outputs": 4, "predictor_hidden_dims": [8], "target_hidden_dims": [8], "weight": 0.5}
 
+BYTES_A_ROW = 4 * 16  # of the widest layer
+
 CASES = {
     "adaptive": {"args": {"schedule": "adaptive"}},
     "heteroscedastic": {"args": {"schedule": "adaptive"}, "actor": HETEROSCEDASTIC},
@@ -27,7 +29,7 @@ CASES = {
 @pytest.fixture
 def forward_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Small pieces; how many rows each had."""
-    monkeypatch.setattr(fused_ppo, "_PIECE_ROWS", 40)
+    monkeypatch.setattr(fused_ppo, "_PIECE_BYTES", 40 * BYTES_A_ROW)
     rows = []
     loss = fused_ppo.ppo_loss_and_grad
 
@@ -47,7 +49,7 @@ def test_pieces_make_the_step_of_the_whole(
     pieces = new_run(FUSED, **case).learn(4)
     assert set(forward_rows) == {40, 16}
     forward_rows.clear()
-    fused_ppo._PIECE_ROWS = 1000
+    fused_ppo._PIECE_BYTES = 1000 * BYTES_A_ROW
     whole = new_run(FUSED, **case).learn(4)
     assert set(forward_rows) == {96}
     assert pieces.distance(whole) < 1e-12
@@ -76,6 +78,6 @@ def test_a_nan_in_one_piece_loses_the_step(new_run: Callable, forward_rows: list
 
 
 def test_a_mini_batch_below_two_pieces_stays_whole(new_run: Callable, forward_rows: list[int]) -> None:
-    fused_ppo._PIECE_ROWS = 49
+    fused_ppo._PIECE_BYTES = 49 * BYTES_A_ROW
     new_run(FUSED).learn(1)
     assert set(forward_rows) == {96}

@@ -1,0 +1,196 @@
+"""The hidden layers of rsl_rl's MLPs, fused on the CPU: the numbers of torch's own, and when they are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from rsl_rl.modules import MLP
+from torch import Tensor
+
+from pyfast_ppo.backends import cpu
+from pyfast_ppo.rsl_rl import mlp as mlp_file
+from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers
+
+pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="the C++ kernels are not here")
+
+FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what went through fused layers."""
+    seen, apply = [], mlp_file._LinearELU.apply
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        return apply(x, weight, bias)
+
+    monkeypatch.setattr(mlp_file._LinearELU, "apply", counted)
+    return seen
+
+
+def model_of(*layers: nn.Module | MLP) -> nn.Module:
+    model = nn.Module()
+    model.mlp = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    return model
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (129, 16), (1000, 19), (257, 128), (2, 20000)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forward_and_backward_against_float64(shape: tuple[int, int], threads: int) -> None:
+    """Within 4e-7 of each value, and of each column's sum of magnitudes."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator) * 4.0 for _ in range(2))
+    bias = torch.zeros(shape[1]) if shape[0] > 500 else torch.randn(shape[1], generator=generator)
+    exact = F.elu((x + bias).double())
+    y = cpu.add_bias_and_elu(x.clone(), bias)
+    assert ((y - exact).abs() <= 4e-7 * exact.abs()).all()
+    grad_x, grad_bias = cpu.add_bias_and_elu_backward(grad, y)
+    exact_grad = grad.double() * torch.where(y > 0.0, 1.0, y.double() + 1.0)
+    assert ((grad_x - exact_grad).abs() <= 1e-7 * grad.abs()).all()
+    assert ((grad_bias - exact_grad.sum(0)).abs() <= 4e-7 * exact_grad.abs().sum(0)).all()
+
+
+def test_the_smallest_and_the_largest() -> None:
+    x = torch.tensor([[-torch.inf, -1e30, -100.0, -20.0, -1e-20, -0.0, 0.0, 1e-20, 1e30, torch.inf, torch.nan]])
+    y = cpu.add_bias_and_elu(x.clone(), torch.zeros(x.shape[1]))
+    assert torch.equal(y[:, :-1], F.elu(x)[:, :-1])
+    assert y[0, -1].isnan()
+    grad_x, _ = cpu.add_bias_and_elu_backward(torch.ones_like(y), y)
+    assert torch.equal(grad_x[0, 3:10], torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]))
+    assert grad_x[0, -1].isnan()
+
+
+def test_near_zero_nothing_cancels() -> None:
+    x = -torch.logspace(-10, 1.2, 4000).unsqueeze(0)
+    y = cpu.add_bias_and_elu(x.clone(), torch.zeros(x.shape[1]))
+    exact = torch.expm1(x.double())
+    assert ((y - exact) / exact).abs().max() < 4e-7
+
+
+def test_the_same_bits_for_any_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(5000, 37, generator=generator) for _ in range(2))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y = cpu.add_bias_and_elu(x.clone(), torch.ones(37))
+        results.append((y, *cpu.add_bias_and_elu_backward(grad, y)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_an_mlp_and_its_gradients(fused_calls: list) -> None:
+    """As autograd has them in float64; the input's, too."""
+    torch.manual_seed(0)
+    model = model_of(MLP(6, 3, [32, 16, 8]))
+    exact_model = model_of(MLP(6, 3, [32, 16, 8]).double())
+    exact_model.mlp.load_state_dict(model.mlp.state_dict())
+    x = torch.randn(50, 6, requires_grad=True)
+    exact_x = x.detach().double().requires_grad_()
+    with fused_hidden_layers(model, exact_model):
+        model.mlp(x).square().sum().backward()
+        exact_model.mlp(exact_x).square().sum().backward()
+    assert fused_calls == [(50, 6), (50, 32), (50, 16)]
+    pairs = zip([x, *model.mlp.parameters()], [exact_x, *exact_model.mlp.parameters()], strict=True)
+    for ours, exact in pairs:
+        assert (ours.grad - exact.grad).abs().max() < 2e-6 * exact.grad.abs().max()
+
+
+def test_frozen_weights_and_gradients_that_are_not_contiguous() -> None:
+    model = model_of(MLP(4, 2, [8]))
+    for parameter in model.mlp.parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(5, 4, requires_grad=True)
+    with fused_hidden_layers(model):
+        model.mlp(x).t().sum().backward()
+    ours, x.grad = x.grad, None
+    model.mlp(x).t().sum().backward()
+    torch.testing.assert_close(ours, x.grad)
+
+
+# --- when they are left alone -----------------------------------------------------------------------------------------
+
+
+def with_hook(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1.0
+
+
+LEFT_ALONE = {
+    "tanh": MLP(4, 2, [8], activation="tanh"),
+    "relu": MLP(4, 2, [8], activation="relu"),
+    "alpha": nn.Sequential(nn.Linear(4, 8), nn.ELU(0.5)),
+    "no bias": nn.Sequential(nn.Linear(4, 8, bias=False), nn.ELU()),
+    "float64": nn.Sequential(nn.Linear(4, 8).double(), nn.ELU()),
+    "own layer": nn.Sequential(OwnLinear(4, 8), nn.ELU()),
+    "hook of the layer": nn.Sequential(with_hook(nn.Linear(4, 8)), nn.ELU()),
+    "hook of the activation": nn.Sequential(nn.Linear(4, 8), with_hook(nn.ELU())),
+}
+
+
+@pytest.mark.parametrize("mlp", LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_other_layers_are_left_alone(mlp: nn.Module) -> None:
+    assert not any(mlp_file._is_fusible(*pair) for pair in pairwise(mlp))
+
+
+def test_only_within_the_context(fused_calls: list) -> None:
+    model = model_of(MLP(4, 2, [8]))
+    x = torch.randn(5, 4)
+    with pytest.raises(KeyError), fused_hidden_layers(model):
+        model.mlp(x)
+        raise KeyError
+    assert len(fused_calls) == 1
+    model.mlp(x)
+    assert len(fused_calls) == 1
+    assert "forward" not in vars(model.mlp)
+
+
+def test_an_mlp_that_runs_in_its_own_way(fused_calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(MLP(4, 2, [8]))
+    own = torch.ones(5, 2)
+    monkeypatch.setattr(model.mlp, "forward", lambda x: own)
+    with fused_hidden_layers(model):
+        assert model.mlp(torch.randn(5, 4)) is own
+    assert model.mlp(torch.randn(5, 4)) is own
+
+
+def test_other_inputs_take_the_layers_own_way(fused_calls: list) -> None:
+    """Sequences, mixed precision, nothing at all."""
+    model = model_of(MLP(4, 2, [8]))
+    with fused_hidden_layers(model):
+        assert model.mlp(torch.randn(3, 5, 4)).shape == (3, 5, 2)
+        assert model.mlp(torch.randn(0, 4)).shape == (0, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.mlp(torch.randn(3, 4)).dtype == torch.bfloat16
+        assert fused_calls == []
+        model.mlp(torch.randn(3, 4))
+    assert fused_calls == [(3, 4)]
+
+
+# --- in the update ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backend", "fused"), [(None, True), ("cpu", True), ("eager", False)])
+def test_the_update_takes_them_with_the_cpus_kernels(
+    backend: str | None, fused: bool, new_run: Callable, fused_calls: list
+) -> None:
+    """But not the rollout, whose actions are those of PPO to the bit."""
+    run = new_run(FUSED, args={"backend": backend}).rollout()
+    assert fused_calls == []
+    run.alg.update()
+    assert bool(fused_calls) == fused
