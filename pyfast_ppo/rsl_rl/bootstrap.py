@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from rsl_rl.models import MLPModel
@@ -28,7 +27,7 @@ class FinalValues:
         with torch.inference_mode(False):  # written to in and outside of inference mode
             self._values = torch.zeros_like(values)  # [T, E, 1]
             self._time_outs = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)  # [T, E]
-        self._obs: Any = None  # a TensorDict [T, E], once there was one
+        self._obs: dict[str, Tensor] = {}  # [T, E, ...] each
         self.any_recorded = False  # since the rollout began
 
     def record(self, step: int, final_obs: Mapping[str, Tensor], time_outs: Tensor) -> None:
@@ -42,28 +41,32 @@ class FinalValues:
             raise KeyError(
                 f"extras['final_obs'] lacks the groups {missing} of the critic; it has {sorted(final_obs.keys())}"
             )
-        device = self._values.device
-        obs = TensorDict({name: final_obs[name] for name in self._groups}, batch_size=time_outs.shape).to(device)
         self.any_recorded = True
-        self._time_outs[step] = time_outs.to(device)
+        self._time_outs[step].copy_(time_outs)
         if self._at_once:
-            if self._obs is None:
-                with torch.inference_mode(False):
-                    self._obs = torch.zeros_like(obs.expand(self._values.shape[0], *obs.shape))
-            self._obs[step] = obs
+            if not self._obs:
+                self._obs = {name: self._room_for(final_obs[name]) for name in self._groups}
+            for name, kept in self._obs.items():
+                kept[step].copy_(final_obs[name])
             return
         hidden_state = self._critic.get_hidden_state()
+        obs = TensorDict({name: final_obs[name] for name in self._groups}, batch_size=time_outs.shape)
         with torch.no_grad():
-            self._values[step] = self._critic(obs)
+            self._values[step] = self._critic(obs.to(self._values.device))
         self._critic.reset(hidden_state=hidden_state)
+
+    def _room_for(self, obs: Tensor) -> Tensor:
+        """[E, ...] -> [T, E, ...]"""
+        with torch.inference_mode(False):
+            return torch.zeros(self._values.shape[0], *obs.shape, dtype=obs.dtype, device=self._values.device)
 
     def collect(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """(time-outs [T, E], values [T, E, 1], meaningful there); (None, None) if no step was recorded."""
         if not self.any_recorded:
             return None, None
-        if self._obs is not None:
-            obs = self._obs.flatten(0, 1)
+        if self._obs:
             values = self._values.flatten(0, 1)  # a view
+            obs = TensorDict({k: obs.flatten(0, 1) for k, obs in self._obs.items()}, batch_size=values.shape[:1])
             with torch.no_grad():
                 if self.only_time_outs:
                     rows = self._time_outs.flatten().nonzero().squeeze(-1)
@@ -75,7 +78,7 @@ class FinalValues:
 
     def memory(self) -> list[Tensor]:
         """What ``collect`` reads, and writes to."""
-        return [self._values, self._time_outs, *([] if self._obs is None else self._obs.values())]
+        return [self._values, self._time_outs, *self._obs.values()]
 
     def clear(self) -> None:
         """For the next rollout."""
