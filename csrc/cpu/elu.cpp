@@ -1,5 +1,6 @@
 #include "elu.h"
 
+#include <cstring>
 #include <vector>
 
 #include "../math/elementary.h"

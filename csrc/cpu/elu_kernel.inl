@@ -18,18 +18,19 @@ inline void elu_rows(float* x, const float* bias, int64_t rows, int64_t cols) {
 
 inline float elu_gradient(float grad, float y) { return grad * (y > 0.0f ? 1.0f : y + 1.0f); }
 
-// Adds to sums, [cols].
-inline void elu_backward_row(const float* __restrict grad_y, const float* __restrict y, float* __restrict grad_x,
-                             float* __restrict sums, int64_t cols) {
+// grad: of y, then of x. Adds to sums, [cols].
+inline void elu_backward_row(float* __restrict grad, const float* __restrict y, float* __restrict sums, int64_t cols) {
   for (int64_t c = 0; c < cols; ++c) {
-    const float grad = elu_gradient(grad_y[c], y[c]);
-    grad_x[c] = grad;
-    sums[c] += grad;
+    grad[c] = elu_gradient(grad[c], y[c]);
+    sums[c] += grad[c];
   }
 }
 
 inline void elu_backward_rows(const float* grad_y, const float* y, float* grad_x, float* sums, int64_t rows,
                               int64_t cols) {
   for (int64_t c = 0; c < cols; ++c) sums[c] = 0.0f;
-  for (int64_t r = 0; r < rows; ++r) elu_backward_row(grad_y + r * cols, y + r * cols, grad_x + r * cols, sums, cols);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (grad_x != grad_y) std::memcpy(grad_x + r * cols, grad_y + r * cols, static_cast<size_t>(cols) * sizeof(float));
+    elu_backward_row(grad_x + r * cols, y + r * cols, sums, cols);
+  }
 }

@@ -97,9 +97,9 @@ def add_bias_and_elu(x: Tensor, bias: Tensor) -> Tensor:
     return x
 
 
-def add_bias_and_elu_backward(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(grad_x, grad_bias), with y what ``add_bias_and_elu`` gave. Contiguous float32."""
-    grad_x, grad_bias = torch.empty_like(y), y.new_empty(y.shape[1])
+def add_bias_and_elu_backward(grad: Tensor, y: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """(grad_x, grad_bias), with y what ``add_bias_and_elu`` gave. Contiguous float32. ``in_place``: grad_x is grad."""
+    grad_x, grad_bias = grad if in_place else torch.empty_like(y), y.new_empty(y.shape[1])
     _C.add_bias_and_elu_backward((*y.shape, torch.get_num_threads()), grad, y, grad_x, grad_bias)
     return grad_x, grad_bias
 

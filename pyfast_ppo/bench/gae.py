@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,9 +53,11 @@ def make_rollout(case: Case, seed: int, device: str) -> Rollout:
     return Rollout(*(t.to(device) for t in (rewards, values, dones, last_values)))
 
 
-def fused(*rollout: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def fused(
+    rewards: Tensor, values: Tensor, dones: Tensor, last_values: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Advantages, normalised, and returns."""
-    return pyfast_ppo.gae(*rollout, GAMMA, LAM, normalize=True, backend=backend)
+    return pyfast_ppo.gae(rewards, values, dones, last_values, GAMMA, LAM, normalize=True, backend=backend)
 
 
 def measure(case: Case, options: Options) -> list[dict]:
@@ -69,7 +72,7 @@ def measure(case: Case, options: Options) -> list[dict]:
     moved = size_of(*first, first.rewards, first.rewards)  # the last two are written
     timings = interleave(kept | {"floor": copy_of(moved, _NUM_SETS, options.device)}, _NUM_SETS, options)
     floor = timings.pop("floor")
-    counts = {name: count(lambda c=c: c.call(0), options.device) for name, c in kept.items() if not c.captured}
+    counts = {name: count(partial(c.call, 0), options.device) for name, c in kept.items() if not c.captured}
     described = {"T": case.num_steps, "E": case.num_envs}
     return [
         results.make_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,10 @@ def measure(case: Case, options: Options) -> list[dict]:
     for ours, theirs in zip(gradients(kl.gaussian_loss, sets[0]), gradients(eager, sets[0]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
     torch.compiler.reset()
+
+    def with_sets(form: Callable[..., Tensor]) -> Callable[[int], object]:
+        return lambda i: gradients(form, sets[i % _NUM_SETS])
+
     forms = {
         BASELINE: eager,
         "torch.compile": torch.compile(eager, dynamic=False),
@@ -81,13 +86,10 @@ def measure(case: Case, options: Options) -> list[dict]:
         OURS: kl.gaussian_loss,
     }
     kept, skipped = able(
-        {
-            name: Contender(lambda i, form=form: gradients(form, sets[i % _NUM_SETS]), optional=name == "torch.compile")
-            for name, form in forms.items()
-        }
+        {name: Contender(with_sets(form), optional=name == "torch.compile") for name, form in forms.items()}
     )
     timings = interleave(kept, _NUM_SETS, options)
-    counts = {name: count(lambda c=c: c.call(0), options.device) for name, c in kept.items()}
+    counts = {name: count(partial(c.call, 0), options.device) for name, c in kept.items()}
     described = {"N": case.num_rows, "A": case.num_actions}
     return [
         results.make_row(

@@ -7,10 +7,10 @@ name here; "torch.compile" is the same formula compiled, with the shapes known t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import pyfast_ppo
 from pyfast_ppo import backends
@@ -63,7 +63,7 @@ def measure(case: Case, options: Options) -> list[dict]:
     moved = size_of(*batches[0], *batches[0].leaves)
     timings = interleave(kept | {"floor": copy_of(moved, len(batches), options.device)}, len(batches), options)
     floor = timings.pop("floor")
-    counts = {name: count(lambda c=c: c.call(0), options.device) for name, c in kept.items() if not c.captured}
+    counts = {name: count(partial(c.call, 0), options.device) for name, c in kept.items() if not c.captured}
     described = {"N": case.num_rows, "A": case.num_actions, "old_std": "[N, A]" if case.old_std_per_row else "[A]"}
     described["input sets"] = len(batches)
     return [
@@ -91,7 +91,7 @@ def contenders(
     def of(batch_of: int) -> MiniBatch:
         return batches[batch_of % len(batches)]
 
-    def with_gradients(loss_of: Callable[..., tuple[Tensor, ...]]) -> Callable[[int], object]:
+    def with_gradients(loss_of: Callable[..., Any]) -> Callable[[int], object]:
         def call(i: int) -> object:
             out = loss_of(*of(i))
             return out, torch.autograd.grad(out[0], of(i).leaves)

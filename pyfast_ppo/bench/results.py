@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -56,7 +56,7 @@ def add(document: dict, subject: str, rows: list[dict]) -> None:
 
 
 def make_row(
-    case: dict[str, str | int],
+    case: Mapping[str, str | int],
     baseline: str,
     ours: Iterable[str],
     timings: dict[str, Timing],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-COEFFICIENTS = {"clip_param": 0.2, "value_loss_coef": 1.0, "entropy_coef": 0.01}
+COEFFICIENTS: dict[str, Any] = {"clip_param": 0.2, "value_loss_coef": 1.0, "entropy_coef": 0.01}
 GAMMA, LAM = 0.99, 0.95
 
 
@@ -126,7 +126,7 @@ def stock_gae(
 ) -> tuple[Tensor, Tensor]:
     """The lines of ``PPO.compute_returns``, with its normalisation. Tensors are [T, E, 1], ``last_values`` [E, 1]."""
     returns = torch.empty_like(values)
-    advantage = 0
+    advantage: Tensor | int = 0
     for step in reversed(range(rewards.shape[0])):
         next_values = last_values if step == rewards.shape[0] - 1 else values[step + 1]
         next_is_not_terminal = 1.0 - dones[step].float()

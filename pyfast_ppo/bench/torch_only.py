@@ -23,6 +23,8 @@ from pyfast_ppo.bench.stock import stock_gae, stock_loss
 class TorchOnlyPPO(PPO):
     """Computes what ``PPO`` computes, to rounding, for MLPs, a state-independent std and the adaptive schedule."""
 
+    learning_rate: float
+
     def __init__(self, *args, **kwargs) -> None:
         """As ``PPO``."""
         super().__init__(*args, **kwargs)
@@ -32,7 +34,8 @@ class TorchOnlyPPO(PPO):
         self.optimizer = torch.optim.Adam(parameters, lr=self._rate, fused=True, capturable=on_gpu)
         self._compiled_loss = torch.compile(self._loss, dynamic=False)
         self._compiled_gae = torch.compile(stock_gae, dynamic=False)
-        self._replayed_step = CudaGraphModule(self._step) if on_gpu else self._step
+        # its annotation is narrower than what it takes
+        self._replayed_step = CudaGraphModule(self._step) if on_gpu else self._step  # type: ignore[arg-type]
 
     def compute_returns(self, obs: TensorDict) -> None:
         """As ``PPO``; the loop over the steps is unrolled by the compiler."""

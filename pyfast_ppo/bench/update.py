@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rsl_rl.runners import OnPolicyRunner
@@ -102,10 +103,10 @@ def iterate(runner: OnPolicyRunner, around: Around) -> None:
     with torch.inference_mode():
         obs = env.get_observations()
         for _ in range(alg.storage.num_transitions_per_env):
-            actions = around("act", lambda obs=obs: alg.act(obs))
+            actions = around("act", partial(alg.act, obs))
             obs, *outcome = env.step(actions)
-            around("process_env_step", lambda step=(obs, *outcome): alg.process_env_step(*step))
-        around("compute_returns", lambda: alg.compute_returns(obs))
+            around("process_env_step", partial(alg.process_env_step, obs, *outcome))
+        around("compute_returns", partial(alg.compute_returns, obs))
     around("update", alg.update)
 
 

@@ -15,22 +15,32 @@ from torch.autograd.function import once_differentiable
 from pyfast_ppo.backends import cpu
 
 
-class _LinearELU(torch.autograd.Function):
-    """elu(x Wᵀ + b), [N, H]."""
+class _HiddenLayers(torch.autograd.Function):
+    """x [N, H₀] -> elu(x Wᵀ + b) [N, H₁] -> …; ``parameters``: W and b of each layer."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = cpu.add_bias_and_elu(torch.mm(x, weight.t()), bias)
-        ctx.save_for_backward(x, weight, y)
-        return y
+    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+        outputs, weights = [x], parameters[::2]
+        for weight, bias in zip(weights, parameters[1::2], strict=True):
+            outputs.append(cpu.add_bias_and_elu(torch.mm(outputs[-1], weight.t()), bias))
+        ctx.save_for_backward(*outputs, *weights)
+        return outputs[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, y = ctx.saved_tensors
-        grad, grad_bias = cpu.add_bias_and_elu_backward(grad.contiguous(), y)
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        return torch.mm(grad, weight) if needs_x else None, torch.mm(grad.t(), x) if needs_weight else None, grad_bias
+        count = len(ctx.saved_tensors) // 2
+        outputs, weights = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
+        needs_x, *needs = ctx.needs_input_grad
+        grad, grads = grad.contiguous(), []
+        for i in reversed(range(count)):
+            last = i == count - 1  # its gradient is autograd's, the others are our own
+            grad, grad_bias = cpu.add_bias_and_elu_backward(grad, outputs[i + 1], in_place=not last)
+            grad_weight = torch.mm(grad.t(), outputs[i]) if needs[2 * i] else None
+            grads[:0] = [grad_weight, grad_bias]
+            if i > 0 or needs_x:
+                grad = torch.mm(grad, weights[i])
+        return grad if needs_x else None, *grads
 
 
 @contextmanager
@@ -56,15 +66,25 @@ def _forward_of(mlp: MLP):
     def forward(x: Tensor) -> Tensor:
         layers = list(mlp)
         while layers:
-            layer = layers.pop(0)
-            if layers and _takes(x) and _is_fusible(layer, layers[0]):
-                layers.pop(0)
-                x = _LinearELU.apply(x, layer.weight, layer.bias)
+            run = _fusible_run(layers) if _takes(x) else []
+            if run:
+                x = _HiddenLayers.apply(x, *(parameter for layer in run for parameter in (layer.weight, layer.bias)))
+                del layers[: 2 * len(run)]
             else:
-                x = layer(x)
+                x = layers.pop(0)(x)
         return x
 
     return forward
+
+
+def _fusible_run(layers: list[nn.Module]) -> list[nn.Linear]:
+    """The linear layers of the pairs that can be fused, from the first on."""
+    run = []
+    for layer, activation in zip(layers[::2], layers[1::2], strict=False):
+        if not _is_fusible(layer, activation):
+            break
+        run.append(layer)
+    return run
 
 
 def _takes(x: Tensor) -> bool:

@@ -23,14 +23,14 @@ FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of what went through fused layers."""
-    seen, apply = [], mlp_file._LinearELU.apply
+    """Rows, and the widths of the fused layers that they went through."""
+    seen, apply = [], mlp_file._HiddenLayers.apply
 
-    def counted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        seen.append(tuple(x.shape))
-        return apply(x, weight, bias)
+    def counted(x: Tensor, *parameters: Tensor) -> Tensor:
+        seen.append((len(x), *(bias.numel() for bias in parameters[1::2])))
+        return apply(x, *parameters)
 
-    monkeypatch.setattr(mlp_file._LinearELU, "apply", counted)
+    monkeypatch.setattr(mlp_file._HiddenLayers, "apply", counted)
     return seen
 
 
@@ -58,6 +58,10 @@ def test_forward_and_backward_against_float64(shape: tuple[int, int], threads: i
     exact_grad = grad.double() * torch.where(y > 0.0, 1.0, y.double() + 1.0)
     assert ((grad_x - exact_grad).abs() <= 1e-7 * grad.abs()).all()
     assert ((grad_bias - exact_grad.sum(0)).abs() <= 4e-7 * exact_grad.abs().sum(0)).all()
+    in_place, same_bias = cpu.add_bias_and_elu_backward(grad, y, in_place=True)
+    assert in_place is grad
+    assert torch.equal(in_place, grad_x)
+    assert torch.equal(same_bias, grad_bias)
 
 
 def test_the_smallest_and_the_largest() -> None:
@@ -100,10 +104,39 @@ def test_an_mlp_and_its_gradients(fused_calls: list) -> None:
     with fused_hidden_layers(model, exact_model):
         model.mlp(x).square().sum().backward()
         exact_model.mlp(exact_x).square().sum().backward()
-    assert fused_calls == [(50, 6), (50, 32), (50, 16)]
+    assert fused_calls == [(50, 32, 16, 8)]
     pairs = zip([x, *model.mlp.parameters()], [exact_x, *exact_model.mlp.parameters()], strict=True)
     for ours, exact in pairs:
         assert (ours.grad - exact.grad).abs().max() < 2e-6 * exact.grad.abs().max()
+
+
+def test_other_layers_in_between(fused_calls: list) -> None:
+    """Two runs of fused layers with one of another kind between them; the gradient that comes in stays as it was."""
+    torch.manual_seed(0)
+    mlp = MLP(6, 3, [32, 16, 8, 8])
+    mlp[3] = nn.Tanh()
+    model, x = model_of(mlp), torch.randn(50, 6)
+    with fused_hidden_layers(model):
+        out = mlp(x)
+    assert fused_calls == [(50, 32), (50, 8, 8)]
+    grad = torch.randn(50, 3)
+    before = grad.clone()
+    ours = torch.autograd.grad(out, list(mlp.parameters()), grad)
+    assert torch.equal(grad, before)
+    for fused, plain in zip(ours, torch.autograd.grad(mlp(x), list(mlp.parameters()), grad), strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
+def test_a_hidden_layers_gradient_is_left_alone() -> None:
+    """The output of the fused layers is used twice: autograd's own tensor comes in."""
+    model = model_of(MLP(4, 8, [8], last_activation="elu"))
+    x = torch.randn(5, 4)
+    with fused_hidden_layers(model):
+        out = model.mlp(x)
+    grad = torch.randn(5, 8)
+    before = grad.clone()
+    out.backward(grad)
+    assert torch.equal(grad, before)
 
 
 def test_frozen_weights_and_gradients_that_are_not_contiguous() -> None:
@@ -179,7 +212,7 @@ def test_other_inputs_take_the_layers_own_way(fused_calls: list) -> None:
             assert model.mlp(torch.randn(3, 4)).dtype == torch.bfloat16
         assert fused_calls == []
         model.mlp(torch.randn(3, 4))
-    assert fused_calls == [(3, 4)]
+    assert fused_calls == [(3, 8)]
 
 
 # --- in the update ----------------------------------------------------------------------------------------------------
