@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,8 @@ class _HiddenLayers(torch.autograd.Function):
         count = len(ctx.saved_tensors) // 2
         outputs, weights = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
         needs_x, *needs = ctx.needs_input_grad
-        grad, grads = grad.contiguous(), []
+        grads: list[Tensor | None] = []
+        grad = grad.contiguous()
         for i in reversed(range(count)):
             last = i == count - 1  # its gradient is autograd's, the others are our own
             grad, grad_bias = cpu.add_bias_and_elu_backward(grad, outputs[i + 1], in_place=not last)
@@ -77,14 +78,10 @@ def _forward_of(mlp: MLP):
     return forward
 
 
-def _fusible_run(layers: list[nn.Module]) -> list[nn.Linear]:
+def _fusible_run(layers: list[nn.Module]) -> list[nn.Module]:
     """The linear layers of the pairs that can be fused, from the first on."""
-    run = []
-    for layer, activation in zip(layers[::2], layers[1::2], strict=False):
-        if not _is_fusible(layer, activation):
-            break
-        run.append(layer)
-    return run
+    pairs = zip(layers[::2], layers[1::2], strict=False)
+    return [layer for layer, _ in takewhile(lambda pair: _is_fusible(*pair), pairs)]
 
 
 def _takes(x: Tensor) -> bool:
