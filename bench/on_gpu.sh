@@ -32,6 +32,8 @@ step loss 420 python3 bench/bench_loss.py --device cuda --seconds 3 --save "$(ba
 step launch 60 python3 bench/bench_launch.py --device cuda --save "$(basename "$results")"
 step kl 60 python3 bench/bench_kl.py --device cuda --save "$(basename "$results")"
 step update 400 python3 bench/bench_update.py --device cuda --save "$(basename "$results")"
+step timeline 60 python3 bench/bench_timeline.py --device cuda --save "$(basename "$results")"
+step profile 200 python3 bench/bench_profile.py --device cuda --save "$(basename "$results")"
 step gae 120 python3 bench/bench_gae.py --device cuda --save "$(basename "$results")"
 
 printf '\n=== done (%d s): %s\n' "$SECONDS" "$results"

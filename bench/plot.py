@@ -1,8 +1,9 @@
-"""Draws the figures of the README, docs/bench-<picture>-<machine>.png, from bench/results.
+"""Draws the figures of the README and of docs/, and fills in their tables, from bench/results.
 
 python bench/plot.py
 
-One machine is a folder of bench/results; the pictures show each subject's newest rows there.
+One machine is a folder of bench/results; pictures, docs/bench-<picture>-<machine>.png, and tables show each subject's
+newest rows there.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pyfast_ppo.bench import figures, results
+from pyfast_ppo.bench import figures, markdown, results
 
 HERE = Path(__file__).parent
+PAGES = [HERE.parent / "README.md", HERE.parent / "docs" / "performance.md"]
 DATED = "????-??-??*.json"
 
 
@@ -25,24 +27,35 @@ def newest(folder: Path) -> dict | None:
     return {**documents[-1], "subjects": subjects}
 
 
+def documents(folder: Path) -> dict[str, dict]:
+    """Of each machine, by its name."""
+    found = {path.name: newest(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {name: document for name, document in found.items() if document is not None}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs", metavar="DIR")
+    parser.add_argument("--pages", type=Path, nargs="*", default=PAGES, metavar="FILE", help="with tables")
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         parser.error(f"--results {args.results} is not a directory")
     if not args.out.is_dir():
         parser.error(f"--out {args.out} is not a directory")
-    for folder in sorted(path for path in args.results.iterdir() if path.is_dir()):
-        try:
-            document = newest(folder)
-        except ValueError as error:
-            parser.error(str(error))
-        for name, image in (figures.draw(document) if document else {}).items():
-            path = args.out / f"bench-{name}-{folder.name}.png"
+    try:
+        found = documents(args.results)
+        pages = {path: markdown.filled(path.read_text(), found) for path in args.pages}
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for machine, document in found.items():
+        for name, image in figures.draw(document).items():
+            path = args.out / f"bench-{name}-{machine}.png"
             path.write_bytes(image)
             print(path)
+    for path, text in pages.items():
+        path.write_text(text)
+        print(path)
     return 0
 
 

@@ -34,6 +34,15 @@ class Counts:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Work:
+    """Of one line of a profile; see ``operations.py``."""
+
+    launches: int
+    syncs: int
+    moved_bytes: int
+
+
 def count(call: Callable[[], object], device: str) -> Counts:
     """Counts one call, which should have been made before: a first call compiles, allocates and looks around."""
     return _count_on_gpu(call) if device == "cuda" else _count_on_cpu(call)
@@ -43,7 +52,7 @@ def _count_on_gpu(call: Callable[[], object]) -> Counts:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with _silent(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    with silent(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         call()
     peak = torch.cuda.max_memory_allocated() - before
     names = [event.name() for event in found.profiler.kineto_results.events()]
@@ -52,7 +61,7 @@ def _count_on_gpu(call: Callable[[], object]) -> Counts:
 
 
 def _count_on_cpu(call: Callable[[], object]) -> Counts:
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()
     events = found.profiler.kineto_results.events()
     operations = [e for e in events if e.name().startswith("aten::")]
@@ -69,7 +78,7 @@ def _count_on_cpu(call: Callable[[], object]) -> Counts:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """The profiler's library writes to the standard error by itself, past Python."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -25,6 +25,22 @@ _STYLES = {  # contender: colour, width, marker
     "ppo_loss_and_grad, CUDA graph, cuda": ("#1a7f37", 2.8, "o"),
     "ppo_loss_and_grad, CUDA graph, triton": ("#2da44e", 1.8, "s"),
 }
+_LINE_COLORS = {
+    "matrix products": "#0550ae",
+    "bias and activation": "#54aeff",
+    "loss, KL, metrics": "#cf222e",
+    "clipping, optimizer": "#d97706",
+    "mini-batches": "#8250df",
+    "sampling, storing": "#1a7f37",
+    "returns": "#7ee787",
+    "between operations": "#8c959f",
+}
+_ARITHMETIC, _REDUCTION, _MOVE, _FUSED = "#54aeff", "#d97706", "#8c959f", "#1a7f37"
+_KINDS = {
+    **dict.fromkeys(("sum", "mean"), ("sums", _REDUCTION)),
+    **dict.fromkeys(("eq", "ge", "gt", "le", "lt", "where", "masked_fill_", "logical_and_"), ("masks", _MOVE)),
+    "ppo_loss": ("the kernel of pyfast_ppo", _FUSED),
+}
 _PARTS = {"act": "#54aeff", "process_env_step": "#a5d6ff", "compute_returns": "#1a7f37", "update": "#0550ae"}
 _PART_LABELS = {"process_env_step": "store the step"}
 
@@ -135,7 +151,84 @@ def _draw_parts(axes: Axes, size: str, by_part: dict[str, dict]) -> None:
     axes.set_axisbelow(True)
 
 
-FIGURES = {"loss": draw_loss, "iteration": draw_iteration}
+def draw_profile(document: dict) -> bytes | None:
+    """What an iteration's time is spent on, stock, fused and floor, a panel for each size; None: nothing there."""
+    rows = document["subjects"].get("profile", {}).get("rows", [])
+    sizes = {row["case"]["size"]: None for row in rows}
+    if not sizes:
+        return None
+    figure = _figure((10.5, 1.2 + 1.6 * len(sizes)))
+    for axes, size in zip(figure.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
+        _draw_lines(axes, size, {r["case"]["line"]: r for r in rows if r["case"]["size"] == size})
+    axes.set_xlabel("ms of one iteration, without the environment's steps")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(
+        f"What the time is spent on, {_where(document, 'profile')}", x=0.01, ha="left", fontsize=11, color=_INK
+    )
+    return _png(figure)
+
+
+def _draw_lines(axes: Axes, size: str, by_line: dict[str, dict]) -> None:
+    whole = by_line["iteration"]
+    names = [*whole["contenders"], "floor"]
+    left = [0.0] * len(names)
+    for line, color in _LINE_COLORS.items():
+        row = by_line[line]
+        entries = [*row["contenders"].values(), row.get("floor", {"median_s": 0.0})]
+        widths = [1e3 * entry["median_s"] for entry in entries]
+        axes.barh(names, widths, left=left, color=color, height=0.72, label=line)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for at, entry in enumerate([*whole["contenders"].values(), whole["floor"]]):
+        work = f", {entry['launches']:,} operations, {entry['syncs']:,} host syncs" if "launches" in entry else ""
+        axes.text(left[at], at, f"  {duration(entry['median_s'])}{work}", va="center", fontsize=9, color=_INK)
+    axes.invert_yaxis()
+    axes.set_title(size.replace("_", " "), loc="left", fontsize=10, color=_INK)
+    axes.set_xlim(0.0, 1.4 * max(left))
+    axes.grid(axis="x", color=_GREY, linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set_axisbelow(True)
+
+
+def draw_timeline(document: dict) -> bytes | None:
+    """Loss and gradients of a mini-batch, one operation after the other, stock above and fused below; or None."""
+    rows = document["subjects"].get("timeline", {}).get("rows", [])
+    if not rows:
+        return None
+    row = rows[0]
+    names = list(row["contenders"])
+    figure = _figure((10.5, 2.9))
+    axes = figure.subplots()
+    labelled: set[str] = set()
+    longest = 0.0
+    for at, name in enumerate(names):
+        left = 0.0
+        for operation, seconds in row["contenders"][name]["operations"]:
+            kind, color = _KINDS.get(operation, ("arithmetic on [N, A] and [N]", _ARITHMETIC))
+            label = None if kind in labelled else kind
+            labelled.add(kind)
+            axes.barh(
+                at, 1e3 * seconds, left=left, color=color, height=0.6, edgecolor="white", linewidth=0.7, label=label
+            )
+            left += 1e3 * seconds
+        number = len(row["contenders"][name]["operations"])
+        text = f"{number} operations, each over memory again" if number > 1 else "one pass"
+        axes.text(left, at, f"  {text}: {duration(1e-3 * left)}", va="center", fontsize=10, color=_INK)
+        longest = max(longest, left)
+    axes.set_yticks(range(len(names)), ["rsl_rl", "pyfast_ppo"])
+    axes.invert_yaxis()
+    axes.set_xlim(0.0, 1.45 * longest)
+    axes.set_xlabel("ms")
+    axes.tick_params(axis="y", length=0)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    case = f"{row['case']['N']:,} rows, {row['case']['A']} actions"
+    title = f"Log-probabilities, ratio, surrogate, value loss, entropy, KL and their gradients: {case}"
+    figure.suptitle(f"{title}\n{_where(document, 'timeline')}", x=0.01, ha="left", fontsize=11, color=_INK)
+    return _png(figure)
+
+
+FIGURES = {"loss": draw_loss, "iteration": draw_iteration, "profile": draw_profile, "timeline": draw_timeline}
 
 
 def draw(document: dict) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ subjects.<name>.rows[]
         times_faster                than the baseline: median over rounds of the ratio
         gb_per_s                    bytes / median
         launches, syncs, peak_bytes one call; see METHOD
+        moved_bytes                 of the tensors that its operations read and of those that they write, in a profile
     skipped.<name>                  why a contender is not there
 """
 
@@ -24,12 +25,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from statistics import median
 
 from pyfast_ppo.bench import machine as machines
-from pyfast_ppo.bench.counts import Counts
+from pyfast_ppo.bench.counts import Counts, Work
 from pyfast_ppo.bench.harness import METHOD, Timing
 
 SCHEMA = 1
@@ -61,7 +63,7 @@ def make_row(
     ours: Iterable[str],
     timings: dict[str, Timing],
     *,
-    counts: dict[str, Counts] | None = None,
+    counts: Mapping[str, Counts | Work] | None = None,
     skipped: dict[str, str] | None = None,
     notes: dict[str, str] | None = None,
     moved: int | None = None,
@@ -75,11 +77,7 @@ def make_row(
         row["floor"] = _entry(floor, None, moved)
     row["contenders"] = {name: _entry(t, timings.get(baseline), moved) for name, t in timings.items()}
     for name, found in (counts or {}).items():
-        row["contenders"][name] |= {
-            "launches": found.launches,
-            "syncs": found.syncs,
-            "peak_bytes": found.peak_bytes,
-        }
+        row["contenders"][name] |= asdict(found)
     return row | {"notes": notes or {}, "skipped": skipped or {}}
 
 
@@ -87,7 +85,7 @@ def _entry(timing: Timing, baseline: Timing | None, moved: int | None) -> dict:
     entry: dict = {"median_s": timing.median, "p10_s": timing.percentile(0.1), "p90_s": timing.percentile(0.9)}
     if timing.first_call:
         entry["first_call_s"] = median(timing.first_call)
-    if baseline is not None:
+    if baseline is not None and all(timing.seconds):  # a profile may have lines of nothing
         entry["times_faster"] = timing.times_faster_than(baseline)
     if moved is not None:
         entry["gb_per_s"] = moved / timing.median / 1e9

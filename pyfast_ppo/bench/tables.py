@@ -7,6 +7,8 @@ _COLUMNS = ("", "median", "10th to 90th", "x faster", "GB/s", "launches", "syncs
 
 def blocks(rows: list[dict]) -> list[str]:
     """Lines of all rows of a subject; then in what contenders differ, and what was left out."""
+    if all("line" in row["case"] for row in rows):
+        return _profiles(rows)
     lines = []
     for row in rows:
         body = [_cells(name, entry) for name, entry in row["contenders"].items()]
@@ -23,6 +25,32 @@ def blocks(rows: list[dict]) -> list[str]:
     remarks = {f"{name}: {note}": None for row in rows for name, note in row["notes"].items()}
     remarks |= {f"Not measured: {name} ({reason})": None for row in rows for name, reason in row["skipped"].items()}
     return [*lines, *remarks, ""] if remarks else lines
+
+
+def _profiles(rows: list[dict]) -> list[str]:
+    """A table for each size, its lines below each other, contenders beside each other."""
+    lines = []
+    for size in dict.fromkeys(row["case"]["size"] for row in rows):
+        of_size = [row for row in rows if row["case"]["size"] == size]
+        names = list(of_size[0]["contenders"])
+        header = ["", *(f"{name}: {column}" for name in names for column in ("ops", "syncs", "MB", "time")), "floor"]
+        table = [header, *(_profile_cells(row) for row in of_size)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines.append(f"size {size}")
+        for first, *others in table:
+            padded = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+            lines.append(("  " + "  ".join(padded)).rstrip())
+        lines.append("")
+    return lines
+
+
+def _profile_cells(row: dict) -> list[str]:
+    cells = [row["case"]["line"]]
+    for entry in row["contenders"].values():
+        work = [f"{entry[key]:,}" if key in entry else "" for key in ("launches", "syncs")]
+        moved = f"{entry['moved_bytes'] / 1e6:,.1f}" if "moved_bytes" in entry else ""
+        cells += [*work, moved, duration(entry["median_s"])]
+    return [*cells, duration(row["floor"]["median_s"]) if "floor" in row else ""]
 
 
 def _cells(name: str, entry: dict) -> tuple[str, ...]:

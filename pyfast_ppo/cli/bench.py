@@ -18,7 +18,8 @@ from pyfast_ppo.cli.files import check_writable, write_atomically
 if TYPE_CHECKING:
     from pyfast_ppo.bench.harness import Options
 
-SUBJECTS = ("loss", "gae", "kl", "update")
+SUBJECTS = ("loss", "timeline", "gae", "kl", "update", "profile")
+_OF_ITERATIONS = ("update", "profile")  # they need rsl_rl, and have sizes
 QUICK_SUBJECTS = ("loss", "gae", "update")
 RESULTS = "results.json"
 _SECONDS, _QUICK_SECONDS = 8.0, 1.0
@@ -53,8 +54,8 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, with_sizes: bool) -
             nargs="+",
             choices=SIZES,
             metavar="SIZE",
-            help=f"tasks whose update is measured, some of: {', '.join(SIZES)} (on a GPU all; on the CPU the first two,"
-            " the others take minutes there; with --quick the first)",
+            help=f"tasks whose iterations are measured, some of: {', '.join(SIZES)} (on a GPU all; on the CPU the first"
+            " two, the others take minutes there; with --quick the first)",
         )
 
 
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: An argument is wrong, or something is missing.
     """
     subjects = args.subjects or (QUICK_SUBJECTS if args.quick else SUBJECTS)
-    if args.sizes and "update" not in subjects:
-        raise UserError("--sizes is about the update; add it to --subjects, or leave --sizes out.")
+    if args.sizes and not set(_OF_ITERATIONS) & set(subjects):
+        raise UserError("--sizes is about update and profile; add one to --subjects, or leave --sizes out.")
     options = _options(args)
     subjects = _with_what_it_takes(subjects, asked_for=args.subjects is not None)
     from pyfast_ppo.bench import results
@@ -105,7 +106,7 @@ def script(subject: str, description: str, folder: Path) -> dict:
         metavar="MACHINE",
         help=f"also write {folder.name}/MACHINE/<date>.json, beside other subjects of that day (MACHINE: the hardware)",
     )
-    add_measuring_arguments(parser, with_sizes=subject == "update")
+    add_measuring_arguments(parser, with_sizes=subject in _OF_ITERATIONS)
     args = parser.parse_args()
     try:
         options = _options(args)
@@ -160,15 +161,19 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _with_what_it_takes(subjects: Iterable[str], asked_for: bool) -> list[str]:
-    """The subjects that can run: an update is one of rsl_rl."""
+    """The subjects that can run: an iteration is one of rsl_rl."""
     subjects = list(dict.fromkeys(subjects))
-    if "update" in subjects and importlib.util.find_spec("rsl_rl") is None:
-        sentence = "the update needs rsl_rl; install with: pip install rsl-rl-lib"
-        if asked_for:
-            raise UserError(f"{sentence}, or leave it out of --subjects.")
-        print(f"Without the update: {sentence}", flush=True)
-        subjects.remove("update")
-    return subjects
+    if importlib.util.find_spec("rsl_rl") is not None:
+        return subjects
+    left_out = [name for name in subjects if name in _OF_ITERATIONS]
+    if left_out and asked_for:
+        raise UserError(
+            f"{', '.join(left_out)}: rsl_rl is not installed; install with: pip install rsl-rl-lib, or leave it out of"
+            " --subjects."
+        )
+    if left_out:
+        print(f"Without {', '.join(left_out)}: rsl_rl is not installed; install with: pip install rsl-rl-lib")
+    return [name for name in subjects if name not in left_out]
 
 
 def _make_directory(given: str | None, document: dict) -> Path:
@@ -220,7 +225,7 @@ def _measure_all(
 
 
 def _cases(name: str, module, options: Options, sizes: list[str] | None) -> list:
-    if name == "update" and sizes:
+    if name in _OF_ITERATIONS and sizes:
         return sizes
     return module.cases(options.device, options.quick)
 

@@ -26,7 +26,7 @@ from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import Run
-from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, widest_layer
+from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place, widest_layer
 from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, first_nonfinite, statistics_in_place
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.policy import (
@@ -402,10 +402,10 @@ class FusedPPO(PPO):
         run = Run(self._metric_names(), self.kl_coef if self._penalty_coef is None else self._penalty_coef)
         self._kl_control.begin()
         compiled = self.actor is not self._raw_actor
-        models = (self._raw_actor, self._raw_critic) if self._on_cpu_kernels and not compiled else ()
-        with fused_hidden_layers(*models):
-            for batch in self._mini_batches():
-                self._step(batch, run)
+        models = () if compiled else (self._raw_actor, self._raw_critic)
+        with observations_in_place(*models), fused_hidden_layers(*models if self._on_cpu_kernels else ()):
+            for pieces in self._mini_batches():
+                self._step(pieces, run)
         self._kl_control.after_last_step(run, self.num_mini_batches)
         return run
 
@@ -451,8 +451,8 @@ class FusedPPO(PPO):
             f"not taken: {reason}. Actor and critic are as the last finite step left them."
         )
 
-    def _mini_batches(self) -> Iterator[RolloutStorage.Batch]:
-        """The mini-batches of all epochs: the same ones in each, as in PPO, unless they are to be drawn anew."""
+    def _mini_batches(self) -> Iterator[list[RolloutStorage.Batch]]:
+        """The mini-batches of all epochs, each in pieces: the same in each epoch, as in PPO, unless drawn anew."""
         recurrent = self.actor.is_recurrent or self.critic.is_recurrent
         ranks = self._world_size if self.global_advantage_statistics else 1
         for epoch in range(self.num_learning_epochs):
@@ -464,20 +464,17 @@ class FusedPPO(PPO):
                 if self.normalize_advantage_per_mini_batch:
                     for batch in batches:
                         batch.advantages = standardized_over_ranks(batch.advantages, ranks)
-            for batch in batches:
-                batch = copy.copy(batch)  # symmetry puts other tensors into the batch that it is given
-                if self.symmetry:  # and the user's function may write into the tensors
-                    batch.observations, batch.actions = batch.observations.clone(), batch.actions.clone()
-                yield batch
+                in_pieces = [self._pieces(batch) for batch in batches]
+            yield from in_pieces
 
-    def _step(self, batch: RolloutStorage.Batch, run: Run) -> None:
-        """One step of the optimizer."""
+    def _step(self, pieces: list[RolloutStorage.Batch], run: Run) -> None:
+        """One step of the optimizer, with a mini-batch in pieces."""
         self.optimizer.zero_grad()
         if self.rnd:
             self.rnd.optimizer.zero_grad()
-        num_rows = batch.observations.batch_size[0]
+        num_rows = sum(piece.observations.batch_size[0] for piece in pieces)
         rows = []
-        for piece in self._pieces(batch):
+        for piece in pieces:
             share = piece.observations.batch_size[0] / num_rows
             row = self._backward(piece, share, run.kl_coef)
             rows.append(row if share == 1.0 else row * share)
@@ -503,6 +500,9 @@ class FusedPPO(PPO):
         original_batch_size = batch.observations.batch_size[0]
         augmented = self.symmetry is not None and self.symmetry.use_data_augmentation
         if self.symmetry:
+            batch = copy.copy(batch)  # symmetry puts other tensors into the batch that it is given
+            # and the user's function may write into the tensors
+            batch.observations, batch.actions = batch.observations.clone(), batch.actions.clone()
             self.symmetry.augment_batch(batch, original_batch_size)
 
         rnd_loss = symmetry_loss = None
@@ -547,7 +547,7 @@ class FusedPPO(PPO):
             backend=self.backend,
         )
 
-        outputs, grads = [mean, std, values], [grad if share == 1.0 else grad * share for grad in loss_grads]
+        outputs, grads = [mean, std, values], [grad if share == 1.0 else grad.mul_(share) for grad in loss_grads]
         if symmetry_loss is not None and self.symmetry.use_mirror_loss:
             mirror_loss = self.symmetry.mirror_loss_coeff * symmetry_loss
             outputs.append(mirror_loss)

@@ -1,13 +1,15 @@
-"""The hidden layers of rsl_rl's MLPs on the CPU: bias and activation in one pass over memory, forward and backward."""
+"""rsl_rl's MLPs in an update: on the CPU bias and activation in one pass over memory, forward and backward; and their
+observations without a copy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise, takewhile
 
 import torch
 import torch.nn as nn
+from rsl_rl.models import MLPModel
 from rsl_rl.modules import MLP
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -48,12 +50,25 @@ class _HiddenLayers(torch.autograd.Function):
 def fused_hidden_layers(*models: nn.Module) -> Iterator[None]:
     """The MLPs of these models run their pairs of a linear layer and an ELU fused, where nothing speaks against it."""
     with ExitStack() as stack:
-        for mlp in (getattr(model, "mlp", None) for model in models):
-            if mlp is None or "forward" in vars(mlp) or type(mlp).forward is not MLP.forward:
+        for model in models:
+            mlp = getattr(model, "mlp", None)
+            if not isinstance(mlp, MLP) or "forward" in vars(mlp) or type(mlp).forward is not MLP.forward:
                 continue  # it runs in its own way
-            if any(_is_fusible(*pair) for pair in pairwise(mlp)):
-                mlp.forward = _forward_of(mlp)  # hides the method of the class
-                stack.callback(delattr, mlp, "forward")
+            steps = _steps(list(mlp))
+            if len(steps) < len(mlp):
+                _replace(stack, mlp, "forward", _forward_of(mlp, steps))
+        yield
+
+
+@contextmanager
+def observations_in_place(*models: nn.Module) -> Iterator[None]:
+    """Models with one group of observations take it as it is, where rsl_rl copies it with torch.cat."""
+    with ExitStack() as stack:
+        for model in models:
+            if not isinstance(model, MLPModel) or "get_latent" in vars(model) or len(model.obs_groups) != 1:
+                continue
+            if type(model).get_latent is MLPModel.get_latent:
+                _replace(stack, model, "get_latent", _latent_of(model))
         yield
 
 
@@ -63,25 +78,47 @@ def widest_layer(*models: nn.Module) -> int:
     return max((layer.out_features for layer in layers), default=1)
 
 
-def _forward_of(mlp: MLP):
+def _replace(stack: ExitStack, module: nn.Module, name: str, method: Callable) -> None:
+    """Hides the method of the class."""
+    setattr(module, name, method)
+    stack.callback(delattr, module, name)
+
+
+def _latent_of(model: MLPModel) -> Callable[..., Tensor]:
+    group, normalizer = model.obs_groups[0], model.obs_normalizer
+    return lambda obs, masks=None, hidden_state=None: normalizer(obs[group])
+
+
+def _steps(layers: list[nn.Module]) -> list[nn.Module | list[nn.Linear]]:
+    """The layers, those linear ones together whose pairs with the next can be fused one after the other."""
+    steps: list[nn.Module | list[nn.Linear]] = []
+    run: list[nn.Linear] = []
+    remaining = iter([*layers, nn.Identity()])
+    layer = next(remaining)
+    for following in remaining:
+        if isinstance(layer, nn.Linear) and _is_fusible(layer, following):
+            if not run:
+                steps.append(run)
+            run.append(layer)
+            layer = next(remaining)  # the activation goes with it
+        else:
+            steps.append(layer)
+            run, layer = [], following
+    return steps
+
+
+def _forward_of(mlp: MLP, steps: list[nn.Module | list[nn.Linear]]) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        layers = list(mlp)
-        while layers:
-            run = _fusible_run(layers) if _takes(x) else []
-            if run:
-                x = _HiddenLayers.apply(x, *(parameter for layer in run for parameter in (layer.weight, layer.bias)))
-                del layers[: 2 * len(run)]
+        if not _takes(x):
+            return MLP.forward(mlp, x)
+        for step in steps:
+            if isinstance(step, list):
+                x = _HiddenLayers.apply(x, *(parameter for layer in step for parameter in (layer.weight, layer.bias)))
             else:
-                x = layers.pop(0)(x)
+                x = step(x)
         return x
 
     return forward
-
-
-def _fusible_run(layers: list[nn.Module]) -> list[nn.Module]:
-    """The linear layers of the pairs that can be fused, from the first on."""
-    pairs = zip(layers[::2], layers[1::2], strict=False)
-    return [layer for layer, _ in takewhile(lambda pair: _is_fusible(*pair), pairs)]
 
 
 def _takes(x: Tensor) -> bool:

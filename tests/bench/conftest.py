@@ -10,7 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from pyfast_ppo.bench import operations as ops
 from pyfast_ppo.bench import results
+from pyfast_ppo.bench.counts import Work
 from pyfast_ppo.bench.harness import Timing
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -55,7 +57,7 @@ def timing(seconds: float, rounds: int = 10) -> Timing:
 
 @pytest.fixture
 def document() -> dict:
-    """A loss over N and over A, and an iteration."""
+    """A loss over N and over A, and as a sequence of operations; an iteration, and what it is spent on."""
     made = results.new_document("cpu")
     shapes = [(1_024, 12), (4_096, 12), (24_576, 12), (24_576, 1), (24_576, 37)]
     for rows, actions in shapes:
@@ -74,4 +76,16 @@ def document() -> dict:
             timings = {"rsl_rl": timing(seconds), "FusedPPO": timing(0.6 * seconds)}
             row = results.make_row({"size": size, "part": part}, "rsl_rl", ["FusedPPO"], timings)
             results.add(made, "update", [row])
+        for line in (*ops.LINES, "between operations", "iteration"):
+            timings = {"rsl_rl": timing(0.03), "FusedPPO": timing(0.02)}
+            floor = None if line == "between operations" else timing(0.01)
+            counts = {} if floor is None else dict.fromkeys(timings, Work(1000, 20, 5_000_000))
+            case = {"size": size, "line": line}
+            row = results.make_row(case, "rsl_rl", ["FusedPPO"], timings, counts=counts, floor=floor)
+            results.add(made, "profile", [row])
+    timings = {"rsl_rl": timing(5e-3), "ppo_loss_and_grad": timing(3e-4)}
+    row = results.make_row({"N": 24_576, "A": 12}, "rsl_rl", ["ppo_loss_and_grad"], timings)
+    row["contenders"]["rsl_rl"]["operations"] = [["log", 2e-3], ["sum", 1e-3], ["where", 2e-3]]
+    row["contenders"]["ppo_loss_and_grad"]["operations"] = [["ppo_loss", 3e-4]]
+    results.add(made, "timeline", [row])
     return made

@@ -14,17 +14,18 @@ def size_of(image: bytes) -> tuple[int, int]:
     return struct.unpack(">II", image[16:24])
 
 
-def test_both_pictures(document):
+def test_all_pictures(document):
     images = figures.draw(document)
-    assert list(images) == ["loss", "iteration"]
+    assert list(images) == ["loss", "iteration", "profile", "timeline"]
     for image in images.values():
         width, height = size_of(image)
-        assert 1000 < width < 2000 and 400 < height < 1500
+        assert 1000 < width < 2000 and 300 < height < 1500
         assert 20_000 < len(image) < 400_000
 
 
 def test_what_was_not_measured_is_not_drawn(document):
-    del document["subjects"]["update"]
+    for subject in ("update", "profile", "timeline"):
+        del document["subjects"][subject]
     assert list(figures.draw(document)) == ["loss"]
     document["subjects"]["loss"]["rows"] = document["subjects"]["loss"]["rows"][:1]  # one point is no curve
     assert figures.draw(document) == {}
@@ -43,11 +44,18 @@ def test_plot_draws_the_newest_of_each_machine(document, load_script, tmp_path, 
     there.mkdir(parents=True)
     (tmp_path / "results" / "empty").mkdir()
     (there / "note.json").write_text("{}")
+    (tmp_path / "page.md").write_text("<!-- results: loss some-machine -->\n<!-- /results -->\n")
     old, new = ({**document, "subjects": {n: document["subjects"][n]}} for n in ("update", "loss"))
     (there / "2026-01-01.json").write_bytes(results.dumps(old))
     (there / "2026-01-02.json").write_bytes(results.dumps(new))
     plot = load_script("plot")
-    assert plot.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path)]) == 0
+    assert (
+        plot.main(
+            ["--results", str(tmp_path / "results"), "--out", str(tmp_path), "--pages", str(tmp_path / "page.md")]
+        )
+        == 0
+    )
+    assert "| 24,576 | 12 |" in (tmp_path / "page.md").read_text()
     drawn = sorted(path.name for path in tmp_path.glob("*.png"))
     assert drawn == ["bench-iteration-some-machine.png", "bench-loss-some-machine.png"]
     assert capsys.readouterr().out.count("some-machine.png") == 2

@@ -9,7 +9,8 @@ import textwrap
 import pytest
 import torch
 
-from pyfast_ppo.bench import gae, kl, loss, results, rivals, stock, synthetic, update
+from pyfast_ppo.bench import gae, kl, loss, profile, results, rivals, stock, synthetic, timeline, update
+from pyfast_ppo.bench import operations as ops
 from pyfast_ppo.bench.harness import Options
 from pyfast_ppo.bench.sizes import SIZES, Size
 
@@ -63,7 +64,7 @@ def test_compiled_contender_is_there(eager_compiler):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases(quick):
-    for module in (loss, gae, kl, update):
+    for module in (loss, timeline, gae, kl, update, profile):
         for device in ("cpu", "cuda"):
             cases = module.cases(device, quick)
             assert len(cases) == len(set(cases)) >= 1
@@ -101,6 +102,56 @@ def test_update(monkeypatch, no_compiler):
     assert stock_update["syncs"] >= 20 * 4  # three losses and a branch on the KL in each mini-batch
     assert fused_update["syncs"] == 0
     assert "launches" not in parts["iteration"]["rsl_rl"]
+
+
+def test_profile(monkeypatch):
+    monkeypatch.setitem(profile.SIZES, "small", SMALL)
+    monkeypatch.setitem(profile._SQUARE, "cpu", 64)
+    rows = profile.measure("small", Options(quick=True))
+    checked("profile", rows)
+    assert [row["case"]["line"] for row in rows] == [*ops.LINES, profile.BETWEEN, profile.WHOLE]
+    by_line = {row["case"]["line"]: row for row in rows}
+    whole = by_line.pop(profile.WHOLE)
+    for name in ("rsl_rl", "FusedPPO"):
+        entries = [row["contenders"][name] for row in by_line.values()]
+        for key in ("launches", "syncs", "moved_bytes"):
+            assert sum(entry.get(key, 0) for entry in entries) == whole["contenders"][name][key]
+        for i, seconds in enumerate(whole["contenders"][name]["seconds"]):
+            assert sum(entry["seconds"][i] for entry in entries) >= 0.99 * seconds  # more, if watching took longer
+    floors = [row["floor"]["seconds"] for row in by_line.values() if "floor" in row]
+    assert [sum(f) for f in zip(*floors, strict=True)] == pytest.approx(whole["floor"]["seconds"], rel=1e-2)
+    stock_work, ours = (by_line[ops.LOSS]["contenders"][name] for name in ("rsl_rl", "FusedPPO"))
+    assert stock_work["syncs"] >= 20 * 4 and ours["syncs"] == 0
+    assert stock_work["launches"] > 20 * 100 > 2 * ours["launches"]
+    assert stock_work["moved_bytes"] > 5 * by_line[ops.LOSS]["bytes"]
+    products = {name: entry["launches"] for name, entry in by_line[ops.MATRIX]["contenders"].items()}
+    acting = 2 * 3 * (SMALL.num_steps + 1) - 3  # two networks of three layers, at the end only the critic
+    assert products["rsl_rl"] == 20 * 2 * (3 + 5) + acting  # backward two each, but for the observations' gradient
+
+
+def test_time_that_the_operations_do_not_account_for_is_not_negative(monkeypatch):
+    """Watching takes time itself; on a machine that others use it may be more than a whole iteration."""
+    monkeypatch.setitem(profile.SIZES, "small", SMALL)
+    monkeypatch.setitem(profile._SQUARE, "cpu", 64)
+    monkeypatch.setattr(profile, "_iteration_seconds", lambda runner, device: 1e-9)
+    rows = profile.measure("small", Options(quick=True))
+    between = next(row for row in rows if row["case"]["line"] == profile.BETWEEN)
+    assert all(entry["median_s"] >= 0.0 for entry in between["contenders"].values())
+
+
+def test_what_has_to_be_moved_and_computed():
+    runner = synthetic.make_runner(SMALL, "cpu", "PPO")
+    modules = (runner.alg.actor, runner.alg.critic)
+    assert profile.num_parameters(SMALL) == sum(p.numel() for m in modules for p in m.parameters())
+
+
+def test_timeline():
+    [row] = timeline.measure(timeline.Case(256, 3), Options(quick=True))
+    checked("timeline", [row])
+    stock_run, ours = (row["contenders"][name]["operations"] for name in ("rsl_rl", "ppo_loss_and_grad"))
+    assert [name for name, _ in ours] == ["ppo_loss"]
+    assert len(stock_run) > 100 and {"log", "exp", "maximum", "clamp"} <= {name for name, _ in stock_run}
+    assert all(seconds > 0.0 for _, seconds in stock_run + ours)
 
 
 def test_torch_only_contender_computes_what_the_stock_does(eager_compiler):

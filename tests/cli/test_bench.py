@@ -108,7 +108,7 @@ def test_without_rsl_rl_the_rest_runs(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rsl_rl" else find_spec(name))
     outcome = bench("--out", tmp_path / "out")
     assert outcome.code == 0
-    assert "the update needs rsl_rl" in outcome.out
+    assert "Without update: rsl_rl is not installed" in outcome.out
     assert list(results.load(tmp_path / "out" / command.RESULTS)["subjects"]) == ["loss", "gae"]
     outcome = bench("--subjects", "update", "--out", tmp_path / "other")
     assert outcome.code == 2
@@ -134,7 +134,7 @@ def test_wrong_flags(flags, text, capsys):
 def test_sizes_without_the_update(run_command):
     outcome = run_command("bench", "--subjects", "loss", "--sizes", "cartpole")
     assert outcome.code == 2
-    assert "add it to --subjects" in outcome.err
+    assert "add one to --subjects" in outcome.err
 
 
 def test_gpu_that_is_not_there(run_command, monkeypatch):

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from rsl_rl.models import MLPModel
 from rsl_rl.modules import MLP
+from tensordict import TensorDict
 from torch import Tensor
 
 from pyfast_ppo.backends import cpu
 from pyfast_ppo.rsl_rl import mlp as mlp_file
-from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers
+from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="the C++ kernels are not here")
 
@@ -213,6 +215,47 @@ def test_other_inputs_take_the_layers_own_way(fused_calls: list) -> None:
         assert fused_calls == []
         model.mlp(torch.randn(3, 4))
     assert fused_calls == [(3, 8)]
+
+
+# --- observations -----------------------------------------------------------------------------------------------------
+
+
+def mlp_model(groups: list[str], model_class: type = MLPModel, **arguments: object) -> tuple[MLPModel, TensorDict]:
+    obs = TensorDict({"a": torch.randn(5, 3), "b": torch.randn(5, 2)}, batch_size=5)
+    return model_class(obs, {"actor": groups}, "actor", 1, hidden_dims=[4], **arguments), obs
+
+
+def test_a_single_group_is_taken_as_it_is() -> None:
+    model, obs = mlp_model(["a"])
+    before = model(obs)
+    with observations_in_place(model):
+        assert model.get_latent(obs) is obs["a"]
+        assert torch.equal(model(obs), before)
+    assert model.get_latent(obs) is not obs["a"]
+
+
+def test_it_is_normalized_as_before() -> None:
+    model, obs = mlp_model(["a"], obs_normalization=True)
+    model.update_normalization(obs)
+    before = model(obs)
+    with observations_in_place(model):
+        assert torch.equal(model(obs), before)
+    assert not torch.equal(model.get_latent(obs), obs["a"])
+
+
+class OwnLatent(MLPModel):
+    def get_latent(self, obs: TensorDict, *args: object) -> Tensor:
+        return 2.0 * super().get_latent(obs)
+
+
+def test_several_groups_and_other_latents_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model, obs in (mlp_model(["a", "b"]), mlp_model(["a"], OwnLatent), mlp_model(["a"])):
+        if type(model) is MLPModel and model.obs_groups == ["a"]:
+            monkeypatch.setattr(model, "get_latent", lambda obs: 3.0 * obs["a"])
+        before = model.get_latent(obs)
+        with observations_in_place(model):
+            assert torch.equal(model.get_latent(obs), before)
+        assert torch.equal(model.get_latent(obs), before)
 
 
 # --- in the update ----------------------------------------------------------------------------------------------------

@@ -107,7 +107,10 @@ def rows_of_epochs(run: object, epochs: int) -> list[list[Tensor]]:
     """The old log-probabilities of each mini-batch: they tell rows apart."""
     seen = []
     step = run.alg._step
-    run.alg._step = lambda batch, *rest: (seen.append(batch.old_actions_log_prob.flatten().clone()), step(batch, *rest))
+    run.alg._step = lambda pieces, *rest: (
+        seen.append(torch.cat([piece.old_actions_log_prob.flatten() for piece in pieces])),
+        step(pieces, *rest),
+    )
     run.alg.update()
     per_epoch = len(seen) // epochs
     return [seen[i * per_epoch : (i + 1) * per_epoch] for i in range(epochs)]

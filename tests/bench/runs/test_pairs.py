@@ -102,8 +102,11 @@ def test_an_interpreter_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_runs_in_progress_are_ended_with_the_program(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    if number == signal.SIGINT:  # a shell that runs the tests in the background has it ignored
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     started_pairs = []
 
     def ended(running: pairs._RunningPair) -> bool:

@@ -1,0 +1,76 @@
+"""Tables of Markdown pages come from results; those of this repository are what its results say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyfast_ppo.bench import markdown, results
+
+PAGE = "before\n<!-- results: {} some-machine -->\nold figures\n<!-- /results -->\nafter\n"
+
+
+def table_of(name: str, document: dict) -> list[str]:
+    page = markdown.filled(PAGE.format(name), {"some-machine": document})
+    assert page.startswith(f"before\n<!-- results: {name} some-machine -->\n")
+    assert page.endswith("<!-- /results -->\nafter\n") and "old figures" not in page
+    assert markdown.filled(page, {"some-machine": document}) == page  # as often as one likes
+    return page.splitlines()[2:-2]
+
+
+def test_loss(document):
+    measured, _, header, rule, *lines = table_of("loss", document)
+    assert measured.endswith(": `python bench/bench_loss.py --save`") and document["date"] in measured
+    assert header.count("|") == rule.count("|") == lines[0].count("|")
+    assert len(lines) == 5
+    n, a, stock, other, compiled, ours, faster, than_compiled = (cell.strip() for cell in lines[2].split("|")[1:-1])
+    assert (n, a, stock, other) == ("24,576", "12", "58.9 ms", "")  # no other library was there
+    assert compiled == "8.84 ms" and ours.startswith("2.94 ms (2.9 ms to 2.")
+    assert (faster, than_compiled) == ("20.0", "3.0")
+
+
+def test_fastest_other_library(document):
+    entries = document["subjects"]["loss"]["rows"][0]["contenders"]
+    entries["skrl"], entries["rl_games"] = entries["rsl_rl"], {**entries["rsl_rl"], "median_s": 1e-4}
+    assert "| 100 µs (rl_games) |" in table_of("loss-all", document)[4]
+
+
+def test_update_and_parts(document):
+    for row in document["subjects"]["update"]["rows"]:
+        for entry in row["contenders"].values():
+            entry |= {"launches": 1234, "syncs": 5, "peak_bytes": 2_000_000}
+    lines = table_of("update", document)
+    assert len(lines) == 4 + 2 * 2 and "(1.67×)" in lines[-1]
+    lines = table_of("parts", document)
+    assert len(lines) == 4 + 2 * 4 * 2 and lines[-1].endswith("| FusedPPO | 120 ms | 1.67 | 1,234 | 5 | 2.0 |")
+
+
+def test_profile(document):
+    lines = table_of("profile", document)
+    assert lines[2].startswith("| size | what for | rsl_rl: operations | rsl_rl: MB | rsl_rl: time |")
+    assert "| cartpole | between operations |  |  |" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("<!-- results: losses some-machine -->\n<!-- /results -->", "no table 'losses'; there are: loss, "),
+        ("<!-- results: loss abacus -->\n<!-- /results -->", "no results of 'abacus'; there are those of: some-mach"),
+        ("<!-- results: gae some-machine -->\n<!-- /results -->", "no results of 'gae' on this machine"),
+    ],
+)
+def test_what_is_not_there(page, message, document):
+    with pytest.raises(ValueError, match=message):
+        markdown.filled(page, {"some-machine": document})
+
+
+def test_pages_of_this_repository_say_what_the_results_say(load_script):
+    plot = load_script("plot")
+    documents = plot.documents(plot.HERE / "results")
+    places = 0
+    for path in plot.PAGES:
+        text = Path(path).read_text()
+        places += text.count("<!-- results: ")
+        assert markdown.filled(text, documents) == text, f"{path.name}: run python bench/plot.py"
+    assert places > 0 and all(results.fault_of(document) is None for document in documents.values())
