@@ -29,7 +29,7 @@ _LINE_COLORS = {
     "matrix products": "#0550ae",
     "bias and activation": "#54aeff",
     "loss, KL, metrics": "#cf222e",
-    "clipping, optimizer": "#d97706",
+    "gradients, optimizer": "#d97706",
     "mini-batches": "#8250df",
     "sampling, storing": "#1a7f37",
     "returns": "#7ee787",

@@ -21,7 +21,7 @@ from pyfast_ppo import backends
 from pyfast_ppo.bench.counts import silent
 
 MATRIX, ACTIVATION, MINI_BATCHES = "matrix products", "bias and activation", "mini-batches"
-LOSS, OPTIMIZER, ACTING, RETURNS = "loss, KL, metrics", "clipping, optimizer", "sampling, storing", "returns"
+LOSS, OPTIMIZER, ACTING, RETURNS = "loss, KL, metrics", "gradients, optimizer", "sampling, storing", "returns"
 LINES = (MATRIX, ACTIVATION, LOSS, OPTIMIZER, MINI_BATCHES, ACTING, RETURNS)
 _LINE_OF_PART = {"act": ACTING, "process_env_step": ACTING, "compute_returns": RETURNS, "update": LOSS}
 _LINE_OF_NAME = {
@@ -103,8 +103,8 @@ class Recorder:
         return out
 
     def _line(self, name: str, part: str, given: object) -> str:
-        if self._stepping or name.startswith(("_fused_", "_foreach_")):
-            return OPTIMIZER
+        if self._stepping or name.startswith(("_fused_", "_foreach_")) or (part == "update" and name == "add_"):
+            return OPTIMIZER  # autograd adds gradients up with add_
         line = _LINE_OF_NAME.get(name, _LINE_OF_PART[part])
         if part == "update" and name == "sum":
             shape = next(t.shape for t in tree_leaves(given) if isinstance(t, Tensor))

@@ -282,6 +282,39 @@ def test_signal_saves_and_says_how_to_resume(run_command, tmp_path, number):
     assert [int(row["iteration"]) for row in history(run_dir)] == list(range(done + 1))
 
 
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from pyfast_ppo.cli.main import main
+fsync = os.fsync
+def killed(descriptor):
+    if "model_25" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+os.fsync = killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's names of open files")
+def test_killed_while_a_checkpoint_is_written(run_command, tmp_path):
+    """Half of it lies there; the run goes on from the one before."""
+    run_dir = tmp_path / "run"
+    flags = ["train", "--num-envs", "2", "--iterations", "40", "--log-dir", str(run_dir)]
+    process = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *flags], capture_output=True)
+    assert process.returncode == -signal.SIGKILL
+    whole, half = run_dir / "model_0.pt", run_dir / ".model_25.pt.tmp"
+    assert sorted(file.name for file in run_dir.glob("*model_*")) == [half.name, whole.name]
+    assert 0 < half.stat().st_size < 0.6 * whole.stat().st_size
+    before = weights(whole)
+
+    assert run_command("train", "--resume", run_dir, "--iterations", 27).code == 0
+    assert [int(row["iteration"]) for row in history(run_dir)] == list(range(27))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(whole).values(), strict=True))
+    assert weights(run_dir / "model_25.pt").keys() == before.keys()
+    assert not half.exists()
+
+
 def test_unknown_task_names_near_ones(train, tmp_path):
     outcome = train("--env", "invertedpendulm-v5", "--log-dir", tmp_path / "run")
     assert_one_sentence(outcome, 2, "'invertedpendulm-v5'", "InvertedPendulum-v5")
