@@ -29,7 +29,7 @@ BASELINE, OURS = update.BASELINE, update.OURS
 BETWEEN, WHOLE = "between operations", "iteration"
 NUM_EPOCHS, NUM_MINI_BATCHES = 5, 4
 _FLOAT = 4  # bytes
-_ROUNDS, _QUICK_ROUNDS = 5, 2
+_MIN_ROUNDS, _MIN_QUICK_ROUNDS, _MAX_ROUNDS = 5, 2, 25
 _SQUARE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -50,16 +50,22 @@ def measure(case: str, options: Options) -> list[dict]:
     floors = {line: Timing() for line in lines}
     found: dict[str, list[Operation]] = {}
     measure_floors = _floors(size, options.device)
-    for round_ in range(-1, _QUICK_ROUNDS if options.quick else _ROUNDS):
-        for name in list(runners) if round_ % 2 else reversed(runners):
+    rounds, done = _MAX_ROUNDS, -1
+    while done < rounds:
+        start = time.perf_counter()
+        for name in list(runners) if done % 2 else reversed(runners):
             whole = _iteration_seconds(runners[name], options.device)
             found[name] = _watched(runners[name], size, options.device)
-            if round_ >= 0:
+            if done >= 0:
                 _add_round({line: clocks[line][name] for line in lines}, found[name], whole)
-        if round_ >= 0:
+        if done >= 0:
             flops = sum(operation.flops for operation in found[BASELINE])
             for line, seconds in measure_floors(flops).items():
                 floors[line].seconds.append(seconds)
+        else:
+            least = _MIN_QUICK_ROUNDS if options.quick else _MIN_ROUNDS
+            rounds = max(least, min(_MAX_ROUNDS, int(options.seconds / (time.perf_counter() - start))))
+        done += 1
     return [
         results.make_row(
             {"size": case, "line": line},

@@ -107,7 +107,7 @@ def test_update(monkeypatch, no_compiler):
 def test_profile(monkeypatch):
     monkeypatch.setitem(profile.SIZES, "small", SMALL)
     monkeypatch.setitem(profile._SQUARE, "cpu", 64)
-    rows = profile.measure("small", Options(quick=True))
+    rows = profile.measure("small", Options(quick=True, seconds=1e-9))
     checked("profile", rows)
     assert [row["case"]["line"] for row in rows] == [*ops.LINES, profile.BETWEEN, profile.WHOLE]
     by_line = {row["case"]["line"]: row for row in rows}
@@ -134,7 +134,7 @@ def test_time_that_the_operations_do_not_account_for_is_not_negative(monkeypatch
     monkeypatch.setitem(profile.SIZES, "small", SMALL)
     monkeypatch.setitem(profile._SQUARE, "cpu", 64)
     monkeypatch.setattr(profile, "_iteration_seconds", lambda runner, device: 1e-9)
-    rows = profile.measure("small", Options(quick=True))
+    rows = profile.measure("small", Options(quick=True, seconds=1e-9))
     between = next(row for row in rows if row["case"]["line"] == profile.BETWEEN)
     assert all(entry["median_s"] >= 0.0 for entry in between["contenders"].values())
 
