@@ -217,7 +217,7 @@ def draw_timeline(document: dict) -> bytes | None:
         longest = max(longest, left)
     axes.set_yticks(range(len(names)), ["rsl_rl", "pyfast_ppo"])
     axes.invert_yaxis()
-    axes.set_xlim(0.0, 1.45 * longest)
+    axes.set_xlim(0.0, 1.6 * longest)
     axes.set_xlabel("ms")
     axes.tick_params(axis="y", length=0)
     handles, labels = axes.get_legend_handles_labels()
