@@ -72,7 +72,7 @@ def main() -> int:
         case = {"N": num_rows, "A": num_actions, "old_std": "[N, A]" if old_std_per_row else "[A]"}
         case["the launch itself"] = "with it" if on_gpu else "left out"
         rows.append(results.make_row(case, names[0], names, timings))
-    results.add(document, "launch", rows)
+    results.add(document, "launch", rows, sum(sum(t["seconds"]) for t in rows[0]["contenders"].values()) * CALLS)
     print("\n".join(tables.blocks(rows)))
     if args.save is not None:
         print(f"written: {keep(document, Path(__file__).parent / 'results', args.save)}")

@@ -9,6 +9,7 @@ newest rows there.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from pyfast_ppo.bench import figures, markdown, results
@@ -28,9 +29,14 @@ def newest(folder: Path) -> dict | None:
 
 
 def documents(folder: Path) -> dict[str, dict]:
-    """Of each machine, by its name."""
+    """Of each machine, by its name; with what learning.py found there, as "learning"."""
     found = {path.name: newest(path) for path in sorted(folder.iterdir()) if path.is_dir()}
-    return {name: document for name, document in found.items() if document is not None}
+    kept = {name: document for name, document in found.items() if document is not None}
+    for name, document in kept.items():
+        learning = folder / name / "learning.json"
+        if learning.exists():
+            document["learning"] = json.loads(learning.read_bytes())
+    return kept
 
 
 def main(argv: list[str] | None = None) -> int:

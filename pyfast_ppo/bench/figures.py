@@ -180,7 +180,7 @@ def _draw_lines(axes: Axes, size: str, by_line: dict[str, dict]) -> None:
         axes.barh(names, widths, left=left, color=color, height=0.72, label=line)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for at, entry in enumerate([*whole["contenders"].values(), whole["floor"]]):
-        work = f", {entry['launches']:,} operations, {entry['syncs']:,} host syncs" if "launches" in entry else ""
+        work = f", {entry['launches']:,} operations" if "launches" in entry else ""
         axes.text(left[at], at, f"  {duration(entry['median_s'])}{work}", va="center", fontsize=9, color=_INK)
     axes.invert_yaxis()
     axes.set_title(size.replace("_", " "), loc="left", fontsize=10, color=_INK)
@@ -204,7 +204,7 @@ def draw_timeline(document: dict) -> bytes | None:
     for at, name in enumerate(names):
         left = 0.0
         for operation, seconds in row["contenders"][name]["operations"]:
-            kind, color = _KINDS.get(operation, ("arithmetic on [N, A] and [N]", _ARITHMETIC))
+            kind, color = _KINDS.get(operation, ("arithmetic", _ARITHMETIC))
             label = None if kind in labelled else kind
             labelled.add(kind)
             axes.barh(
@@ -212,12 +212,12 @@ def draw_timeline(document: dict) -> bytes | None:
             )
             left += 1e3 * seconds
         number = len(row["contenders"][name]["operations"])
-        text = f"{number} operations, each over memory again" if number > 1 else "one pass"
+        text = f"{number} operations" if number > 1 else "one pass"
         axes.text(left, at, f"  {text}: {duration(1e-3 * left)}", va="center", fontsize=10, color=_INK)
         longest = max(longest, left)
     axes.set_yticks(range(len(names)), ["rsl_rl", "pyfast_ppo"])
     axes.invert_yaxis()
-    axes.set_xlim(0.0, 1.6 * longest)
+    axes.set_xlim(0.0, 1.3 * longest)
     axes.set_xlabel("ms")
     axes.tick_params(axis="y", length=0)
     handles, labels = axes.get_legend_handles_labels()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
+from pyfast_ppo.bench.results import ratios
 from pyfast_ppo.bench.sizes import SIZES
 from pyfast_ppo.bench.tables import duration
 
@@ -68,22 +70,32 @@ def _loss_table(rows: list[dict], keys: Sequence[str]) -> list[str]:
                 duration(compiled["median_s"]) if compiled else "",
                 f"{duration(ours['median_s'])} ({duration(ours['p10_s'])} to {duration(ours['p90_s'])})",
                 f"{ours['times_faster']:.1f}",
-                f"{ours['times_faster'] / compiled['times_faster']:.1f}" if compiled else "",
+                f"{median(ratios(row, _OURS, _COMPILED)):.1f}" if compiled else "",
             ]
         )
     return _table(table)
 
 
 def _gae(document: dict) -> list[str]:
-    rows = _rows(document, "gae")
+    return _by_case(document, "gae")
+
+
+def _kl(document: dict) -> list[str]:
+    return _by_case(document, "kl")
+
+
+def _by_case(document: dict, subject: str) -> list[str]:
+    """A line for each case, a column for each contender."""
+    rows = _rows(document, subject)
     names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
     keys = list(rows[0]["case"])
     table = [[*keys, *names]]
     for row in rows:
         entries = row["contenders"]
         cells = [duration(entries[name]["median_s"]) if name in entries else "" for name in names]
-        table.append([*(f"{value:,}" for value in row["case"].values()), *cells])
-    return [*_measured(document, "gae", "bench_gae.py"), *_table(table)]
+        case = [f"{value:,}" if isinstance(value, int) else value for value in row["case"].values()]
+        table.append([*case, *cells])
+    return [*_measured(document, subject, f"bench_{subject}.py"), *_table(table)]
 
 
 def _update(document: dict) -> list[str]:
@@ -130,6 +142,33 @@ def _profile(document: dict) -> list[str]:
     return [*_measured(document, "profile", "bench_profile.py"), *_table(table)]
 
 
+def _learning(document: dict) -> list[str]:
+    """Final returns and times of training, stock and fused; bench/learning.py has what the numbers are."""
+    if "learning" not in document:
+        raise ValueError("there are no results of 'learning' on this machine")
+    tasks, over = document["learning"]["tasks"], document["learning"]["over_all_tasks"]
+    header = ["task", "seeds", "rsl_rl's PPO", "FusedPPO", "difference", "p", "× faster: `update`", "iteration"]
+    table = [header]
+    for name, task in tasks.items():
+        returns, times = task["returns"], task["times"]
+        cells = [name, str(len(task["seeds"])), *_final(returns["final_return_stock"], returns["final_return_fused"])]
+        cells += [*_final(returns["fused_minus_stock"]), f"{returns['permutation_p_value']:.2f}"]
+        table.append([*cells, *(_final(*(times[part]["times_faster"] for part in ("update", "iteration"))))])
+    cells = ["all, as a share of what was learned", "", *_final(over["score_stock"], over["score_fused"])]
+    table.append([*cells, *_final(over["fused_minus_stock"]), f"{over['permutation_p_value']:.2f}", "", ""])
+    made = {
+        f"{task['machine']['cpu']}, a thread for each run, torch {task['made_with']['torch']}, "
+        f"{task['machine']['date']}, commit {task['made_with']['commit']}: "
+        f"`python bench/learning.py --seeds {len(task['seeds'])}`"
+        for task in tasks.values()
+    }
+    return [f"{'; '.join(sorted(made))} (Isaac Lab with `--isaaclab-python`)", "", *_table(table)]
+
+
+def _final(*estimates: dict) -> list[str]:
+    return [f"{e['estimate']:.3g} ({e['low']:.3g} to {e['high']:.3g})" for e in estimates]
+
+
 def _counts(entry: dict) -> list[str]:
     return [f"{entry['launches']:,}", f"{entry['syncs']:,}"]
 
@@ -150,7 +189,10 @@ def _measured(document: dict, subject: str, script: str) -> list[str]:
     about, entry = document["machine"], document["subjects"][subject]
     hardware = about["gpu"] if about["device"] == "cuda" else f"{about['cpu']}, {about['threads']} threads"
     commit = f", commit {entry['commit']}" if entry.get("commit") else ""
-    return [f"{hardware}, torch {about['torch']}, {entry['date']}{commit}: `python bench/{script} --save`", ""]
+    rounds = [len(row["contenders"][row["baseline"]]["seconds"]) for row in entry["rows"]]
+    counted = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else f"{rounds[0]}"
+    command = f"`python bench/{script} --seconds {entry['seconds']:g}`"
+    return [f"{hardware}, torch {about['torch']}, {entry['date']}{commit}; medians of {counted} rounds: {command}", ""]
 
 
 def _table(cells: list[list[str]]) -> list[str]:
@@ -162,7 +204,9 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "loss": _loss,
     "loss-all": _loss_all,
     "gae": _gae,
+    "kl": _kl,
     "update": _update,
     "parts": _parts,
     "profile": _profile,
+    "learning": _learning,
 }

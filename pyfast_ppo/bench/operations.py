@@ -146,9 +146,11 @@ class _Mode(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         is_operation = not func.is_view and name not in _NO_WORK
         out = self._recorder.run(name, lambda: func(*args, **kwargs), (args, kwargs), is_operation)
-        packet = func._overloadpacket
-        if is_operation and packet in flop_registry and self._recorder.part is not None:
-            self._recorder.operations[-1].flops = flop_registry[packet](*args, **kwargs, out_val=out)
+        if is_operation and self._recorder.part is not None:
+            note = self._recorder.operations[-1]
+            if func._schema.returns == []:  # it writes into what it is given, and hands out nothing
+                note.moved_bytes += _written_bytes(func, args, kwargs)
+            note.flops = _flops(func, args, kwargs, out)
         return out
 
 
@@ -173,6 +175,21 @@ def device_seconds(events: list, num_operations: int) -> list[float]:
         if at < len(ranges) and ranges[at][0] <= start and ranges[at][2] < num_operations:
             seconds[ranges[at][2]] += 1e-9 * work[correlation]
     return seconds
+
+
+def _flops(func: Any, args: tuple, kwargs: dict, out: object) -> int:
+    """Of a matrix product; of others 0."""
+    if func._overloadpacket is torch.ops.aten.linear:  # which is whole in inference mode
+        x, weight = args[:2]
+        return 2 * x.numel() * weight.shape[0]
+    count = flop_registry.get(func._overloadpacket)
+    return 0 if count is None else count(*args, **kwargs, out_val=out)
+
+
+def _written_bytes(func: Any, args: tuple, kwargs: dict) -> int:
+    parameters = func._schema.arguments
+    given = {p.name: value for p, value in zip(parameters, args, strict=False)} | kwargs
+    return sum(_bytes(given.get(p.name)) for p in parameters if p.alias_info is not None and p.alias_info.is_write)
 
 
 def _moved_bytes(name: str, given: object, out: object) -> int:

@@ -4,6 +4,7 @@ schema, date                        SCHEMA; YYYY-MM-DD
 machine                             machine.machine()
 method                              how it was measured, in words
 subjects.<name>.commit              of the checkout, if it was one
+subjects.<name>.seconds             of measuring that each case was given, about
 subjects.<name>.rows[]
     case                            what tells this row from the others of its subject: N, A, size, part ...
     baseline                        the contender that "times_faster" compares with
@@ -49,10 +50,10 @@ def new_document(device: str) -> dict:
     }
 
 
-def add(document: dict, subject: str, rows: list[dict]) -> None:
-    """Adds rows of a subject."""
+def add(document: dict, subject: str, rows: list[dict], seconds: float) -> None:
+    """Adds rows of a subject, each of which was measured for about so many seconds."""
     entry = document["subjects"].setdefault(
-        subject, {"date": date.today().isoformat(), "commit": machines.commit(), "rows": []}
+        subject, {"date": date.today().isoformat(), "commit": machines.commit(), "seconds": seconds, "rows": []}
     )
     entry["rows"] += rows
 

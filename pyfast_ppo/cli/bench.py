@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pyfast_ppo.bench.sizes import SIZES
@@ -60,7 +62,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, with_sizes: bool) -
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write. Returns 0; 130 when it was stopped, with what was measured until then written.
+    """Measure, print, write. Returns 0; 1 if a case failed; 130 when it was stopped, with all before it written.
 
     Raises:
         UserError: An argument is wrong, or something is missing.
@@ -80,15 +82,17 @@ def run(args: argparse.Namespace) -> int:
     def save() -> None:
         write_atomically(out / RESULTS, results.dumps(document))
 
-    stopped = _measure_all(console, document, subjects, options, args.sizes, save)
+    code = _measure_all(console, document, subjects, options, args.sizes, save)
     if not document["subjects"]:
         console.say("Nothing was measured.")
-        return 130
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if it is empty
+        return code
     _say_tables(console, document)
     console.say(f"How it was measured:\n{document['method']}\n")
     written = [RESULTS, *_draw(console, document, out)]
     console.say(f"Written to {out}: {', '.join(written)}")
-    return 130 if stopped else 0
+    return code
 
 
 def script(subject: str, description: str, folder: Path) -> dict:
@@ -117,12 +121,17 @@ def script(subject: str, description: str, folder: Path) -> dict:
     document = results.new_document(options.device)
     console = Console()
     _say_machine(console, document["machine"])
-    stopped = _measure_all(console, document, (subject,), options, getattr(args, "sizes", None), lambda: None)
+
+    def save() -> None:
+        if args.save is not None:
+            keep(document, folder, args.save)
+
+    code = _measure_all(console, document, (subject,), options, getattr(args, "sizes", None), save)
     _say_tables(console, document)
-    if args.save is not None and not stopped:
+    if args.save is not None and document["subjects"]:
         console.say(f"written: {keep(document, folder, args.save)}")
-    if stopped:
-        raise SystemExit(130)
+    if code:
+        raise SystemExit(code)
     return document
 
 
@@ -197,31 +206,46 @@ def _make_directory(given: str | None, document: dict) -> Path:
 def _measure_all(
     console: Console,
     document: dict,
-    subjects: Iterable[str],
+    subjects: Sequence[str],
     options: Options,
     sizes: list[str] | None,
     save: Callable[[], None],
-) -> bool:
-    """Adds rows to the document, case by case. Returns whether Ctrl-C ended it early."""
+) -> int:
+    """Adds rows to the document, case by case. Returns the exit code: 1 if a case failed, 130 after Ctrl-C."""
     from pyfast_ppo.bench import results, tables
+    from pyfast_ppo.bench.harness import first_line
 
-    start = time.perf_counter()
-    modules = {name: importlib.import_module(f"pyfast_ppo.bench.{name}") for name in subjects}
+    start, failed = time.perf_counter(), 0
+    modules = {name: module for name in subjects if (module := _module(console, name)) is not None}
     work = [(name, module, case) for name, module in modules.items() for case in _cases(name, module, options, sizes)]
     try:
         for number, (name, module, case) in enumerate(work, 1):
             at = clock(time.perf_counter() - start)
             console.say(f"[{number}/{len(work)} {at}] {name}: {case} ... ", end="")
-            rows = module.measure(case, options)
-            results.add(document, name, rows)
+            try:
+                rows = module.measure(case, options)
+            except Exception as error:  # out of memory, say: the other cases can still be measured
+                console.say(f"left out: {first_line(error)}")
+                failed += 1
+                continue
+            results.add(document, name, rows, options.seconds)
             save()
             console.say(tables.summary(rows[-1]))
     except KeyboardInterrupt:
-        console.say(f"stopped; {'what was measured until here' if document['subjects'] else 'nothing'} is kept")
-        return True
+        console.say(f"stopped; {'what was measured until here' if document['subjects'] else 'nothing'} is there")
+        return 130
     finally:
         console.say()
-    return False
+    return 1 if failed or len(modules) < len(subjects) else 0
+
+
+def _module(console: Console, subject: str) -> ModuleType | None:
+    """Of a subject; None, with the reason said, if it cannot be loaded: rsl_rl may be too old, or broken."""
+    try:
+        return importlib.import_module(f"pyfast_ppo.bench.{subject}")
+    except ImportError as error:
+        console.say(f"Without {subject}: {error}")
+        return None
 
 
 def _cases(name: str, module, options: Options, sizes: list[str] | None) -> list:
@@ -268,7 +292,10 @@ def _draw(console: Console, document: dict, out: Path) -> list[str]:
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be positive")
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value

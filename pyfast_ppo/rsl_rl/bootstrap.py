@@ -34,8 +34,14 @@ class FinalValues:
         """The observations before the resets of one step, groups [E, ...], and which of them followed a time-out, [E].
 
         Raises:
+            TypeError: They are not observation groups.
             KeyError: A group is missing that the critic needs.
         """
+        if not isinstance(final_obs, Mapping | TensorDict):
+            raise TypeError(
+                "extras['final_obs'] must be a TensorDict or a dictionary of observation groups, [E, ...] each, got "
+                f"{type(final_obs).__name__}"
+            )
         missing = [name for name in self._groups if name not in final_obs.keys()]  # noqa: SIM118, a TensorDict's own
         if missing:
             raise KeyError(

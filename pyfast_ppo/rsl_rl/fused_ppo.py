@@ -33,6 +33,8 @@ from pyfast_ppo.rsl_rl.policy import (
     SampleInstead,
     first_row,
     gathered,
+    law_not_gaussian,
+    mean_of,
     reason_not_fused,
     row_behind,
     rows_of,
@@ -190,7 +192,7 @@ class FusedPPO(PPO):
         self._stock_reason = reason_not_fused(self._raw_actor)
         if self._stock_reason is not None:
             chosen = {"kl_coef": kl_coef != 0.0, "early_stop_kl": early_stop_kl is not None}
-            chosen["kl_rule"] = kl_rule != "rsl_rl"
+            chosen |= {"kl_rule": kl_rule != "rsl_rl", "reshuffle": reshuffle, "nonfinite": nonfinite == "raise"}
             for name in (name for name, is_chosen in chosen.items() if is_chosen):
                 raise ValueError(f"{name} needs a diagonal Gaussian policy: {self._stock_reason}")
             logger.warning("The loss runs on rsl_rl's own formula: %s.", self._stock_reason)
@@ -198,21 +200,15 @@ class FusedPPO(PPO):
         distribution = self._raw_actor.distribution
         self._std_is_parameter = std_is_parameter(distribution)
         self._without_sampling: Callable[[], AbstractContextManager] = (
-            nullcontext if keep_random_stream else SampleInstead(distribution, lambda: distribution.mean)
+            nullcontext if keep_random_stream else SampleInstead(distribution, mean_of)
         )
         if type(distribution).sample is GaussianDistribution.sample:
-            self._sampling = SampleInstead(distribution, lambda: sample_without_waiting(distribution))
-        self._rate = DeviceRate(self.optimizer)
+            self._sampling = SampleInstead(distribution, sample_without_waiting)
+        self.kl_target = kl_target
+        self.early_stop_kl = early_stop_kl
+        self._controlled: tuple = ()
         self._rnd_rate: Any = DeviceRate(self.rnd.optimizer) if self.rnd else None
-        self._kl_control = KLControl(
-            self._rate,
-            self.desired_kl if self.schedule == "adaptive" else None,
-            kl_rule,
-            kl_target,
-            early_stop_kl,
-            adapt_before_first_step,
-            self._world_size,
-        )
+        self._follow_settings()
         self._penalty_coef: Tensor | None = None  # the memory of kl_coef on the device, if it adapts
         self._rows: Any = None  # the order of the rollout's rows in each epoch, or in all
         self._last_obs: Any = None  # the memory of what the rollout ended with, for a graph
@@ -271,12 +267,14 @@ class FusedPPO(PPO):
 
     def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Any]) -> None:
         """Record one environment step."""
+        if self.storage.step == 0:
+            self._final_values.clear()  # of a rollout that was left without its returns
         if self.time_out_bootstrap == "final_obs" and "time_outs" in extras:
             extras = dict(extras)
             time_outs = extras.pop("time_outs") != 0
             if "terminated" in extras:
-                time_outs = time_outs & (extras["terminated"] == 0)
-            if "final_obs" in extras:
+                time_outs = time_outs & (extras["terminated"] == 0).reshape_as(time_outs)
+            if extras.get("final_obs") is not None and self.storage.step < self.storage.num_transitions_per_env:
                 self._final_values.record(self.storage.step, extras["final_obs"], time_outs)
             else:  # PPO adds γ V(s_t) to the reward
                 extras["time_outs"] = time_outs
@@ -343,14 +341,36 @@ class FusedPPO(PPO):
         numbers = (self.gamma, self.lam, self.normalize_advantage_per_mini_batch)
         return addresses(modules, tensors), modes(modules), numbers, torch.get_float32_matmul_precision()
 
+    def _follow_settings(self) -> None:
+        """Makes what steers the optimizer: anew if the schedule, its target or the optimizer were changed."""
+        desired_kl = self.desired_kl if self.schedule == "adaptive" else None
+        wanted = (self.optimizer, len(self.optimizer.param_groups), desired_kl)
+        if wanted == self._controlled:
+            return
+        self._controlled = wanted
+        self._rate = DeviceRate(self.optimizer)
+        self._kl_control = KLControl(
+            self._rate,
+            desired_kl,
+            self.kl_rule,
+            self.kl_target,
+            self.early_stop_kl,
+            self.adapt_before_first_step,
+            self._world_size,
+        )
+
     # --- update
     # -------------------------------------------------------------------------------------------------------------
 
     def update(self) -> dict[str, float]:
         """Run optimization epochs over stored batches and return mean losses."""
+        if self._stock_reason is None and (law := law_not_gaussian(self._raw_actor.distribution)):
+            self._stock_reason = law  # which can be seen only now, after the policy has acted
+            logger.warning("The loss runs on rsl_rl's own formula: %s.", law)
         if self._stock_reason is not None:
             return super().update()
 
+        self._follow_settings()
         self._put_inputs_on_device()
         last_rate = None
         try:
@@ -389,6 +409,11 @@ class FusedPPO(PPO):
         if not (self.actor.is_recurrent or self.critic.is_recurrent):
             num_rows = self.storage.num_envs * self.storage.num_transitions_per_env
             num_rows -= num_rows % self.num_mini_batches
+            if num_rows == 0:
+                raise ValueError(
+                    f"num_mini_batches is {self.num_mini_batches}, more than the rollout has rows: "
+                    f"{self.storage.num_envs} environments x {self.storage.num_transitions_per_env} steps"
+                )
             epochs = self.num_learning_epochs if self.reshuffle else 1
             # the same draw as in PPO
             rows = torch.stack([torch.randperm(num_rows, device=self.storage.device) for _ in range(epochs)])
@@ -487,6 +512,7 @@ class FusedPPO(PPO):
         """The mini-batch, on the CPU in parts whose activations stay in the caches; their gradients add up."""
         num_rows = batch.observations.batch_size[0]
         whole = batch.masks is not None or self.symmetry or self.rnd or self.actor is not self._raw_actor
+        whole = whole or self.keep_random_stream  # torch draws other numbers for parts
         if whole or torch.device(self.device).type != "cpu" or num_rows < 2 * self._piece_rows:
             return [batch]
         return [rows_of(batch, slice(i, i + self._piece_rows)) for i in range(0, num_rows, self._piece_rows)]
@@ -547,7 +573,9 @@ class FusedPPO(PPO):
             backend=self.backend,
         )
 
-        outputs, grads = [mean, std, values], [grad if share == 1.0 else grad.mul_(share) for grad in loss_grads]
+        outputs, grads = [mean, std, values], list(loss_grads)
+        if share < 1.0:  # one that is expanded over the rows cannot be written to
+            grads = [grad.mul_(share) if grad.is_contiguous() else grad * share for grad in grads]
         if symmetry_loss is not None and self.symmetry.use_mirror_loss:
             mirror_loss = self.symmetry.mirror_loss_coeff * symmetry_loss
             outputs.append(mirror_loss)
@@ -575,7 +603,8 @@ class FusedPPO(PPO):
         """One step, with the gradients that there are."""
         if self.is_multi_gpu:
             self.reduce_parameters()
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.max_grad_norm) for m in (self.actor, self.critic)]
+        models = [m for m in (self.actor, self.critic) if any(p.grad is not None for p in m.parameters())]
+        norms = [nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm) for model in models]
         if self.nonfinite == "ignore":
             self._rate.skip_if(run.stopped)
         else:
@@ -610,6 +639,7 @@ class FusedPPO(PPO):
         """Return a dict of all models for saving; PPO loads it, too."""
         saved_dict = super().save()
         if self._stock_reason is None:
+            self._follow_settings()
             saved_dict["optimizer_state_dict"] = self._rate.state_dict()
             if self._rnd_rate is not None:
                 saved_dict["rnd_optimizer_state_dict"] = self._rnd_rate.state_dict()
@@ -624,9 +654,10 @@ class FusedPPO(PPO):
         if iteration:
             self._iteration = loaded_dict.get("iter", 0)
         if self._stock_reason is None:
+            self._follow_settings()
             self._rate.prepare()
             if self._rnd_rate is not None:
                 self._rnd_rate.prepare()
-            if self._kl_control.penalty is not None:
+            if self._kl_control.penalty is not None and (load_cfg is None or load_cfg.get("optimizer")):
                 self.kl_coef = loaded_dict.get(_CHECKPOINT_KEY, {}).get("kl_coef", self.kl_coef)
         return iteration

@@ -18,6 +18,8 @@ from pyfast_ppo.schedules import (
     RslRlScheduleBefore5,
 )
 
+_NOT_MOVED = 1e-12  # nats: more than rounding of a float32 forward pass makes, less than any step
+
 KL_RULES = {"rsl_rl": RslRlSchedule, "rsl_rl_4": RslRlScheduleBefore5, "proportional": ProportionalSchedule}
 
 
@@ -71,6 +73,7 @@ class KLControl:
 
     def before_step(self, run: Run, kl: Tensor, rule_kl: Tensor) -> None:
         """A mini-batch has this KL, and this one for the rule of the learning rate; its step is still to be taken."""
+        stopped_before = run.stopped
         if self._early_stop is not None:
             run.stopped = self._early_stop.update(mean_over_ranks(kl, self._world_size), run.stopped)
             run.skipped.append(run.stopped)
@@ -78,9 +81,13 @@ class KLControl:
             rule_kl = mean_over_ranks(rule_kl, self._world_size)
             run.rule_kls.append(rule_kl)
             if not self._once_per_update:
-                step_taken = len(run.metrics) > 1 or (rule_kl > 0.0 if self._adapt_before_first_step else False)
-                rate = self.rule.update(rule_kl, self.rate.value, step_taken)
-                self.rate.set(self._lower_if_lost(rate, run))
+                may_rise = len(run.metrics) > 1 or self._adapt_before_first_step
+                # a policy that cannot move, with a frozen actor say, is no reason to raise the rate
+                step_taken = rule_kl > _NOT_MOVED if may_rise else False
+                rate = self._lower_if_lost(self.rule.update(rule_kl, self.rate.value, step_taken), run)
+                if stopped_before is not None:  # no step follows that would answer to the rate
+                    rate = torch.where(stopped_before, self.rate.value, rate)
+                self.rate.set(rate)
             run.rates.append(self.rate.value)
 
     def after_last_step(self, run: Run, num_mini_batches: int) -> None:

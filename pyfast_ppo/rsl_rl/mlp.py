@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn as nn
 from rsl_rl.models import MLPModel
-from rsl_rl.modules import MLP
+from rsl_rl.modules import MLP, EmpiricalNormalization
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -65,9 +65,7 @@ def observations_in_place(*models: nn.Module) -> Iterator[None]:
     """Models with one group of observations take it as it is, where rsl_rl copies it with torch.cat."""
     with ExitStack() as stack:
         for model in models:
-            if not isinstance(model, MLPModel) or "get_latent" in vars(model) or len(model.obs_groups) != 1:
-                continue
-            if type(model).get_latent is MLPModel.get_latent:
+            if isinstance(model, MLPModel) and len(model.obs_groups) == 1 and _only_reads_its_latent(model):
                 _replace(stack, model, "get_latent", _latent_of(model))
         yield
 
@@ -82,6 +80,17 @@ def _replace(stack: ExitStack, module: nn.Module, name: str, method: Callable) -
     """Hides the method of the class."""
     setattr(module, name, method)
     stack.callback(delattr, module, name)
+
+
+def _only_reads_its_latent(model: MLPModel) -> bool:
+    """Whether nothing of a user's sees it, who might write into it: rsl_rl hands out a copy."""
+    if any(getattr(type(model), name) is not getattr(MLPModel, name) for name in ("forward", "get_latent")):
+        return False
+    if {"forward", "get_latent"} & vars(model).keys() or type(model.mlp) is not MLP:
+        return False
+    parts = (model.obs_normalizer, model.mlp, *model.mlp)
+    known = type(model.obs_normalizer) in (nn.Identity, EmpiricalNormalization) and type(model.mlp[0]) is nn.Linear
+    return known and not any(_has_own_ways(part) for part in parts)
 
 
 def _latent_of(model: MLPModel) -> Callable[..., Tensor]:
@@ -130,7 +139,10 @@ def _is_fusible(layer: nn.Module, activation: nn.Module) -> bool:
         return False
     if layer.bias is None or any(p.device.type != "cpu" or p.dtype != torch.float32 for p in layer.parameters()):
         return False
+    return not _has_own_ways(layer) and not _has_own_ways(activation)
+
+
+def _has_own_ways(module: nn.Module) -> bool:
+    """Hooks that want to see what passes, or a forward of this one alone; ours are not there yet."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(
-        getattr(part, name) for part in (layer, activation) for name in hooks
-    )  # they want to see what passes
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)

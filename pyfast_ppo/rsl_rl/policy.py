@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from rsl_rl.models import MLPModel
 from rsl_rl.modules.distribution import Distribution, GaussianDistribution
 from rsl_rl.storage import RolloutStorage
-from tensordict import TensorDict
 from torch import Tensor
+from torch.distributions import Normal
 
 from pyfast_ppo.ops._arguments import is_shared_row
 
@@ -30,6 +32,14 @@ def reason_not_fused(actor: MLPModel) -> str | None:
         if own:
             return f"{type(part).__name__} has its own {', '.join(own)}"
     return None
+
+
+def law_not_gaussian(distribution: Distribution) -> str | None:
+    """Why the fused loss does not fit what this policy draws from, or None; known once it has acted."""
+    drawn_from = getattr(distribution, "_distribution", None)
+    if drawn_from is None or type(drawn_from) is Normal:
+        return None
+    return f"{type(distribution).__name__} draws from {type(drawn_from).__name__}, not from Normal"
 
 
 def std_is_parameter(distribution: Distribution) -> bool:
@@ -58,7 +68,9 @@ def store_std_once(storage: RolloutStorage, transition: RolloutStorage.Transitio
 def gathered(storage: RolloutStorage, rows: Tensor) -> RolloutStorage.Batch:
     """The mini-batch of these rows, of T · E."""
 
-    def take(t: Tensor | TensorDict) -> Tensor | TensorDict:
+    def take(t: Any) -> Any:
+        if isinstance(t, Tensor) and is_shared_row(t):
+            return first_row(t).expand(len(rows), -1)
         return t.flatten(0, 1)[rows]
 
     return RolloutStorage.Batch(
@@ -93,21 +105,32 @@ def first_row(t: Tensor) -> Tensor:
 
 def sample_without_waiting(distribution: GaussianDistribution) -> Tensor:
     """What ``Normal.sample`` draws, to the bit, without its check of the std, for which the host waits on a GPU."""
+    if law_not_gaussian(distribution):
+        return type(distribution).sample(distribution)
     with torch.no_grad():
         mean, std = distribution.mean, distribution.std
         return torch.randn_like(mean).mul_(std).add_(mean)
 
 
+def mean_of(distribution: Distribution) -> Tensor:
+    """In place of a sample: no random number is drawn."""
+    return distribution.mean
+
+
 class SampleInstead:
     """Lets a policy's forward pass run with another way to draw actions, or without drawing any."""
 
-    def __init__(self, distribution: Distribution, instead: Callable[[], Tensor]) -> None:
+    def __init__(self, distribution: Distribution, instead: Callable[[Any], Tensor]) -> None:
+        """``instead``: a function of a module, so that this can be copied and pickled with its distribution."""
         self._distribution = distribution
         self._instead = instead
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        self._distribution.sample = self._instead  # hides the method of the class
+        if "sample" in vars(self._distribution):  # the user's own
+            yield
+            return
+        self._distribution.sample = partial(self._instead, self._distribution)  # hides the method of the class
         try:
             yield
         finally:

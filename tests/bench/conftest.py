@@ -69,23 +69,23 @@ def document() -> dict:
         row = results.make_row(
             case, "rsl_rl", ["ppo_loss_and_grad"], timings, moved=moved, floor=floor, skipped={"skrl": "?"}
         )
-        results.add(made, "loss", [row])
+        results.add(made, "loss", [row], 8.0)
     for size in ("cartpole", "anymal_flat"):
         parts = {"act": 0.02, "process_env_step": 0.002, "compute_returns": 0.001, "update": 0.2, "iteration": 0.223}
         for part, seconds in parts.items():
             timings = {"rsl_rl": timing(seconds), "FusedPPO": timing(0.6 * seconds)}
             row = results.make_row({"size": size, "part": part}, "rsl_rl", ["FusedPPO"], timings)
-            results.add(made, "update", [row])
+            results.add(made, "update", [row], 8.0)
         for line in (*ops.LINES, "between operations", "iteration"):
             timings = {"rsl_rl": timing(0.03), "FusedPPO": timing(0.02)}
             floor = None if line == "between operations" else timing(0.01)
             counts = {} if floor is None else dict.fromkeys(timings, Work(1000, 20, 5_000_000))
             case = {"size": size, "line": line}
             row = results.make_row(case, "rsl_rl", ["FusedPPO"], timings, counts=counts, floor=floor)
-            results.add(made, "profile", [row])
+            results.add(made, "profile", [row], 8.0)
     timings = {"rsl_rl": timing(5e-3), "ppo_loss_and_grad": timing(3e-4)}
     row = results.make_row({"N": 24_576, "A": 12}, "rsl_rl", ["ppo_loss_and_grad"], timings)
     row["contenders"]["rsl_rl"]["operations"] = [["log", 2e-3], ["sum", 1e-3], ["where", 2e-3]]
     row["contenders"]["ppo_loss_and_grad"]["operations"] = [["ppo_loss", 3e-4]]
-    results.add(made, "timeline", [row])
+    results.add(made, "timeline", [row], 8.0)
     return made

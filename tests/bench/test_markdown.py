@@ -21,7 +21,8 @@ def table_of(name: str, document: dict) -> list[str]:
 
 def test_loss(document):
     measured, _, header, rule, *lines = table_of("loss", document)
-    assert measured.endswith(": `python bench/bench_loss.py --save`") and document["date"] in measured
+    assert measured.endswith("; medians of 10 rounds: `python bench/bench_loss.py --seconds 8`")
+    assert document["date"] in measured
     assert header.count("|") == rule.count("|") == lines[0].count("|")
     assert len(lines) == 5
     n, a, stock, other, compiled, ours, faster, than_compiled = (cell.strip() for cell in lines[2].split("|")[1:-1])
@@ -50,6 +51,28 @@ def test_profile(document):
     lines = table_of("profile", document)
     assert lines[2].startswith("| size | what for | rsl_rl: operations | rsl_rl: MB | rsl_rl: time |")
     assert "| cartpole | between operations |  |  |" in "\n".join(lines)
+
+
+def test_learning(document):
+    def interval(estimate: float) -> dict:
+        return {"estimate": estimate, "low": 0.9 * estimate, "high": 1.1 * estimate}
+
+    score = {"score_stock": interval(1.0), "score_fused": interval(0.99)}
+    over = {**score, "fused_minus_stock": interval(-0.01), "permutation_p_value": 0.7}
+    returns = {"final_return_stock": interval(500.0), "final_return_fused": interval(510.0)}
+    task = {
+        "machine": {"date": "2026-01-01", "cpu": "Abacus"},
+        "made_with": {"torch": "2.0", "commit": "abc"},
+        "seeds": [1, 2, 3],
+        "returns": {**returns, "fused_minus_stock": interval(10.0), "permutation_p_value": 0.456},
+        "times": {part: {"times_faster": interval(1.4)} for part in ("update", "iteration")},
+    }
+    document["learning"] = {"tasks": {"Ant-v5": task}, "over_all_tasks": over}
+    measured, _, _, _, ant, everything = table_of("learning", document)
+    assert "Abacus" in measured and "2026-01-01, commit abc: `python bench/learning.py --seeds 3`" in measured
+    cells = "| Ant-v5 | 3 | 500 (450 to 550) | 510 (459 to 561) | 10 (9 to 11) | 0.46 | 1.4 (1.26 to 1.54) | 1.4 (1.26"
+    assert ant.startswith(cells)
+    assert everything.endswith("| -0.01 (-0.009 to -0.011) | 0.70 |  |  |")
 
 
 @pytest.mark.parametrize(

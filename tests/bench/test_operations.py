@@ -56,6 +56,23 @@ def test_flops_of_a_product():
     assert [(o.line, o.flops) for o in found] == [(ops.MATRIX, 2 * 6 * 5 * 7)] * 2
 
 
+def test_flops_of_a_layer_in_inference_mode():
+    layer = nn.Linear(5, 7)
+    with torch.inference_mode():
+        [found] = recorded(lambda: layer(torch.randn(6, 5)))[1:]  # after the draw
+    assert (found.name, found.line, found.flops) == ("linear", ops.MATRIX, 2 * 6 * 5 * 7)
+
+
+def test_an_operation_that_hands_out_nothing_writes_too():
+    p = nn.Parameter(torch.zeros(10))
+    p.grad = torch.ones(10)
+    optimizer = torch.optim.Adam([p], lr=torch.tensor(0.1), fused=True)
+    optimizer.step()
+    [found] = [o for o in recorded(optimizer.step, optimizer) if o.name == "_fused_adam_"]
+    read = 4 * 10 + 1 + 1  # parameter, gradient and two moments; the step's counter and the rate
+    assert found.moved_bytes == FLOAT * (read + 4 * 10)
+
+
 def test_kernels_of_pyfast_ppo_are_one_operation_each():
     batch = make_mini_batch(64, 3, True, 0)
     rollout = (*torch.randn(2, 5, 8).unbind(), torch.zeros(5, 8, dtype=torch.bool), torch.randn(8))

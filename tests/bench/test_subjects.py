@@ -26,7 +26,7 @@ def no_rivals(monkeypatch):
 
 def checked(subject: str, rows: list[dict]) -> dict:
     document = results.new_document("cpu")
-    results.add(document, subject, rows)
+    results.add(document, subject, rows, 1.0)
     assert results.fault_of(document) is None
     return rows[0]
 
@@ -105,6 +105,13 @@ def test_update(monkeypatch, no_compiler):
 
 
 def test_profile(monkeypatch):
+    floors_of, flops = profile._floors, []
+
+    def kept(size, device):
+        measure_floors = floors_of(size, device)
+        return lambda found: (flops.append(found), measure_floors(found))[1]
+
+    monkeypatch.setattr(profile, "_floors", kept)
     monkeypatch.setitem(profile.SIZES, "small", SMALL)
     monkeypatch.setitem(profile._SQUARE, "cpu", 64)
     rows = profile.measure("small", Options(quick=True, seconds=1e-9))
@@ -124,6 +131,12 @@ def test_profile(monkeypatch):
     assert stock_work["syncs"] >= 20 * 4 and ours["syncs"] == 0
     assert stock_work["launches"] > 20 * 100 > 2 * ours["launches"]
     assert stock_work["moved_bytes"] > 5 * by_line[ops.LOSS]["bytes"]
+    layers = [(4, 16), (16, 16), (16, 2)], [(4, 16), (16, 16), (16, 1)]  # of actor and critic
+    once = [sum(2 * a * b for a, b in net) for net in layers]
+    first = 2 * 2 * 4 * 16  # no gradient of the observations
+    rows = SMALL.num_envs * SMALL.num_steps
+    exact = rows * (5 * (3 * sum(once) - first) + sum(once)) + SMALL.num_envs * once[1]
+    assert flops == [exact] * len(flops) and flops
     products = {name: entry["launches"] for name, entry in by_line[ops.MATRIX]["contenders"].items()}
     acting = 2 * 3 * (SMALL.num_steps + 1) - 3  # two networks of three layers, at the end only the critic
     assert products["rsl_rl"] == 20 * 2 * (3 + 5) + acting  # backward two each, but for the observations' gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import runpy
 import sys
@@ -92,6 +93,38 @@ def test_interrupt_keeps_what_was_measured(bench, tmp_path, monkeypatch, after, 
         assert "ppo_loss_and_grad" in outcome.out.partition("stopped")[2]  # the table
     else:
         assert "Nothing was measured." in outcome.out
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_case_that_fails_leaves_the_others(bench, tmp_path, monkeypatch):
+    measure = loss.measure
+
+    def failing(case, options: Options):
+        if case.num_rows == 64:
+            raise RuntimeError("out of memory\nand a lot more")
+        return measure(case, options)
+
+    monkeypatch.setattr(loss, "measure", failing)
+    outcome = bench("--subjects", "loss", "gae", "--out", tmp_path / "out")
+    assert outcome.code == 1
+    assert "left out: RuntimeError: out of memory" in outcome.out and "a lot more" not in outcome.out
+    document = results.load(tmp_path / "out" / command.RESULTS)
+    assert {name: len(entry["rows"]) for name, entry in document["subjects"].items()} == {"loss": 1, "gae": 1}
+
+
+def test_a_subject_that_cannot_be_loaded_leaves_the_others(bench, tmp_path, monkeypatch):
+    load = importlib.import_module
+
+    def failing(name: str):
+        if name.endswith(".loss"):
+            raise ImportError("cannot import name 'OnPolicyRunner'")
+        return load(name)
+
+    monkeypatch.setattr(importlib, "import_module", failing)
+    outcome = bench("--subjects", "loss", "gae", "--out", tmp_path / "out")
+    assert outcome.code == 1
+    assert "Without loss: cannot import name 'OnPolicyRunner'" in outcome.out
+    assert list(results.load(tmp_path / "out" / command.RESULTS)["subjects"]) == ["gae"]
 
 
 def test_without_matplotlib_it_says_how_to_get_it(bench, tmp_path, monkeypatch):
@@ -120,7 +153,8 @@ def test_without_rsl_rl_the_rest_runs(bench, tmp_path, monkeypatch):
     [
         (["--subjects", "lose"], "invalid choice: 'lose'"),
         (["--sizes", "ant"], "invalid choice: 'ant'"),
-        (["--seconds", "0"], "--seconds: must be positive"),
+        (["--seconds", "0"], "--seconds: must be a positive number, got '0'"),
+        (["--seconds", "abc"], "--seconds: must be a positive number, got 'abc'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
@@ -156,14 +190,14 @@ def test_old_results_are_not_overwritten(bench, tmp_path):
     assert "cannot make" in outcome.err
 
 
-@pytest.mark.parametrize("name", ["loss", "gae", "kl", "update", "launch"])
+@pytest.mark.parametrize("name", ["loss", "timeline", "gae", "kl", "update", "profile", "launch"])
 def test_scripts_have_their_help(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", "--help"])
     with pytest.raises(SystemExit) as info:
         runpy.run_path(str(ROOT / "bench" / f"bench_{name}.py"), run_name="__main__")
     assert info.value.code == 0
     out = capsys.readouterr().out
-    assert "--save" in out and ("--sizes" in out) == (name == "update")
+    assert "--save" in out and ("--sizes" in out) == (name in ("update", "profile"))
 
 
 def test_script_measures_and_keeps(small, tmp_path, monkeypatch, capsys):
@@ -171,4 +205,23 @@ def test_script_measures_and_keeps(small, tmp_path, monkeypatch, capsys):
     document = command.script("gae", "What it is.", tmp_path)
     [path] = (tmp_path / "here").iterdir()
     assert results.load(path) == document
+    assert f"written: {path}" in capsys.readouterr().out
+
+
+def test_script_keeps_what_was_measured_before_it_was_stopped(small, tmp_path, monkeypatch, capsys):
+    measure, calls = loss.measure, []
+
+    def interrupted(case, options: Options):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(case)
+        return measure(case, options)
+
+    monkeypatch.setattr(loss, "measure", interrupted)
+    monkeypatch.setattr(sys, "argv", ["bench_loss.py", "--device", "cpu", "--seconds", "0.001", "--save", "here"])
+    with pytest.raises(SystemExit) as info:
+        command.script("loss", "What it is.", tmp_path)
+    assert info.value.code == 130
+    [path] = (tmp_path / "here").iterdir()
+    assert len(results.load(path)["subjects"]["loss"]["rows"]) == 1
     assert f"written: {path}" in capsys.readouterr().out

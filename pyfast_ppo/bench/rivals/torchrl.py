@@ -12,7 +12,10 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from torch import Tensor
 from torchrl.modules import IndependentNormal
 from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
+from torchrl.objectives.value.functional import (
+    generalized_advantage_estimate,
+    vec_generalized_advantage_estimate,
+)
 
 from pyfast_ppo.bench.rivals.loss_and_leaves import LossAndLeaves
 from pyfast_ppo.bench.stock import COEFFICIENTS, GAMMA, LAM, MiniBatch
@@ -80,17 +83,21 @@ def make_loss(batch: MiniBatch, clip_value: bool) -> LossAndLeaves:
 
 
 def make_gae(rollout):
-    """The vectorised estimator, on data as TorchRL keeps them, [E, T, 1]; its normalisation by hand."""
+    """Its loop over the steps, on data as TorchRL keeps them, [E, T, 1]; its normalisation by hand.
+
+    The vectorised estimator, which is its default, takes ten times as long on a CPU.
+    """
 
     def by_environment(t: Tensor) -> Tensor:
         return t.transpose(0, 1).contiguous()
 
     rewards, values, dones = (by_environment(t) for t in (rollout.rewards, rollout.values, rollout.dones.bool()))
     last_values = rollout.last_values.unsqueeze(1)
+    estimate = vec_generalized_advantage_estimate if rewards.is_cuda else generalized_advantage_estimate
 
     def gae() -> tuple[Tensor, Tensor]:
         next_values = torch.cat([values[:, 1:], last_values], dim=1)
-        advantages, returns = vec_generalized_advantage_estimate(GAMMA, LAM, values, next_values, rewards, dones)
+        advantages, returns = estimate(GAMMA, LAM, values, next_values, rewards, dones)
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         return advantages.transpose(0, 1), returns.transpose(0, 1)
 

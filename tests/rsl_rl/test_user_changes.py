@@ -1,0 +1,263 @@
+"""What users do to an algorithm, its models and its settings beyond a config: as in PPO."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn as nn
+from rsl_rl.models import MLPModel
+from rsl_rl.modules.distribution import GaussianDistribution
+from torch import Tensor
+from torch.distributions import Laplace, Normal
+
+from pyfast_ppo.rsl_rl import fused_ppo
+
+FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
+PARITY = {"keep_random_stream": True}
+SAME, OTHER = {"actor": ["policy"], "critic": ["policy"]}, {"actor": ["policy"], "critic": ["privileged"]}
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class InPlaceNormalizer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(0.5).div_(2.0)
+
+
+class WithInPlaceNormalizer(MLPModel):
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.obs_normalizer = InPlaceNormalizer()
+
+
+class WritesIntoItsLatent(MLPModel):
+    def get_latent(self, *args: object, **kwargs: object) -> Tensor:
+        latent = super().get_latent(*args, **kwargs)
+        latent *= 0.5
+        return latent
+
+
+class WithHook(MLPModel):
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.mlp.register_forward_pre_hook(halve)
+
+
+def halve(module: nn.Module, args: tuple[Tensor]) -> None:
+    args[0].mul_(0.5)
+
+
+@pytest.mark.parametrize("model", [WithInPlaceNormalizer, WritesIntoItsLatent, WithHook])
+@pytest.mark.parametrize("groups", [SAME, OTHER], ids=["same group", "other group"])
+def test_models_that_write_into_their_observations(model: type, groups: dict, train: Callable) -> None:
+    options = {"obs_groups": groups, "actor": {"class_name": model}, "critic": {"class_name": model}}
+    stock = train("PPO", 3, **options)
+    fused = train(FUSED, 3, args=PARITY, **options)
+    assert fused.distance(stock) < 1e-5
+
+
+class OneStd(GaussianDistribution):
+    """One std for all actions: its gradient comes expanded."""
+
+    shape: tuple[int, ...] = (1,)
+
+    def __init__(self, output_dim: int, **kwargs: object) -> None:
+        super().__init__(output_dim, **kwargs)
+        self.std_param = nn.Parameter(torch.ones(self.shape))
+
+    def update(self, mlp_output: Tensor) -> None:
+        self._distribution = Normal(mlp_output, self.std_param.clamp(1e-3, 10.0))
+
+
+class OneRow(OneStd):
+    shape = (1, 3)
+
+
+@pytest.mark.parametrize("distribution", [OneStd, OneRow])
+@pytest.mark.parametrize("rows_of_piece", [40, 1000])
+def test_a_std_of_another_shape(
+    distribution: type, rows_of_piece: int, train: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_ppo, "_PIECE_BYTES", rows_of_piece * 4 * 16)
+    options = {"actor": {"distribution_cfg": {"class_name": distribution}}}
+    assert train(FUSED, 3, **options).losses[-1]["nonfinite_steps"] == 0.0
+    stock = train("PPO", 3, **options, args={"schedule": "fixed"})
+    fused = train(FUSED, 3, **options, args={"schedule": "fixed", **PARITY})
+    assert fused.distance(stock) < 1e-5
+
+
+class DrawsFromLaplace(GaussianDistribution):
+    def update(self, mlp_output: Tensor) -> None:
+        self._distribution = Laplace(mlp_output, self.std_param.clamp(1e-3, 10.0) / 2**0.5)
+
+
+def test_a_policy_that_draws_from_another_law(train: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"actor": {"distribution_cfg": {"class_name": DrawsFromLaplace}}, "args": {"schedule": "fixed"}}
+    fused = train(FUSED, 3, **options)
+    assert fused.distance(train("PPO", 3, **options)) < 1e-6
+    assert caplog.text.count("DrawsFromLaplace draws from Laplace, not from Normal") == 1
+
+
+def test_a_forward_of_one_layer_alone(train: Callable, new_run: Callable) -> None:
+    runs = []
+    for algorithm, args in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args=args)
+        layer = run.alg.actor.mlp[0]
+        layer.forward = lambda x, layer=layer: nn.functional.linear(x, 0.5 * layer.weight, layer.bias)
+        runs.append(run.learn(3))
+    assert runs[0].distance(runs[1]) < 1e-5
+
+
+def test_a_sample_of_the_users_own(new_run: Callable) -> None:
+    run = new_run(FUSED)
+    distribution = run.alg.actor.distribution
+    distribution.sample = own = lambda: distribution.mean + 7.0
+    run.learn(1)
+    assert distribution.sample is own
+    assert torch.allclose(run.rollout().alg.storage.actions[0], run.alg.storage.distribution_params[0][0] + 7.0)
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_acts_with_its_own_policy(new_run: Callable) -> None:
+    run = new_run(FUSED).rollout()
+    run.alg.storage.clear()
+    obs = run.env.get_observations()
+    for copied in (copy.deepcopy(run.alg), copy.deepcopy(new_run(FUSED).alg)):
+        with torch.no_grad():
+            copied.actor.mlp[-1].bias.fill_(100.0)
+            assert (copied.act(obs) > 50.0).all()
+            assert (run.alg.act(obs) < 50.0).all()
+
+
+def test_what_decides_how_actions_are_drawn_can_be_pickled(new_run: Callable) -> None:
+    alg = new_run(FUSED).alg
+    for name in ("_sampling", "_without_sampling"):
+        pickle.loads(pickle.dumps(getattr(alg, name)))
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "changes"),
+    [
+        ({"schedule": "adaptive"}, {"schedule": "fixed"}),
+        ({"schedule": "fixed"}, {"schedule": "adaptive"}),
+        ({"schedule": "adaptive"}, {"desired_kl": 1e-7}),
+    ],
+)
+def test_a_schedule_that_is_changed_later(args: dict, changes: dict, new_run: Callable) -> None:
+    rates = []
+    for algorithm, more in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args={**args, **more}).learn(1)
+        for name, value in changes.items():
+            setattr(run.alg, name, value)
+        run.learn(2)
+        rates.append(run.alg.learning_rate)
+    assert rates[0] == pytest.approx(rates[1])
+
+
+def test_another_optimizer(new_run: Callable, state_distance: Callable) -> None:
+    run = new_run(FUSED, args={"schedule": "fixed"}).learn(1)
+    parameters = [*run.alg.actor.parameters(), *run.alg.critic.parameters()]
+    run.alg.optimizer = torch.optim.SGD(parameters, lr=0.0)
+    before = [p.detach().clone() for p in parameters]
+    run.learn(1)
+    assert all(map(torch.equal, before, parameters))
+    assert "betas" not in run.alg.save()["optimizer_state_dict"]["param_groups"][0]
+
+
+def test_another_group_of_parameters(new_run: Callable) -> None:
+    run = new_run(FUSED).learn(1)
+    run.alg.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    run.learn(1)
+    assert len(run.alg.save()["optimizer_state_dict"]["param_groups"]) == 2
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("args", [{}, {"adapt_before_first_step": True}])
+def test_a_frozen_actor_does_not_raise_the_rate(backend: str | None, args: dict, new_run: Callable) -> None:
+    """As while only the critic is warmed up."""
+    rates = []
+    for algorithm, more in (("PPO", {}), (FUSED, {"backend": backend, **args})):
+        run = new_run(algorithm, args={"schedule": "adaptive", "learning_rate": 1e-3, **more})
+        run.alg.actor.requires_grad_(False)
+        rates.append(run.learn(3).alg.learning_rate)
+    assert rates == [1e-3, 1e-3]
+
+
+def test_the_rate_rests_while_no_step_is_taken(new_run: Callable) -> None:
+    args = {"schedule": "adaptive", "desired_kl": 1e-3, "early_stop_kl": 3e-3, "num_learning_epochs": 10}
+    run = new_run(FUSED, args={**args, "learning_rate": 5e-3}).learn(1)
+    skipped = round(run.losses[-1]["skipped_steps"])
+    assert 2 < skipped < 19
+    after_stop = [float(rate) for rate in run.rates[-skipped:]]
+    assert len(set(after_stop)) == 1
+    assert run.alg.learning_rate == pytest.approx(after_stop[0])
+
+
+def test_random_numbers_stay_those_of_ppo_with_large_mini_batches(
+    train: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch draws normal numbers in blocks: parts of a mini-batch would take others."""
+    monkeypatch.setattr(fused_ppo, "_PIECE_BYTES", 7 * 4 * 16)
+    stock, fused = train("PPO", 2), train(FUSED, 2, args=PARITY)
+    assert torch.equal(stock.random_state, fused.random_state)
+    assert fused.distance(stock) < 1e-5
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_that_is_left_does_not_bootstrap_the_next(new_run: Callable) -> None:
+    fresh, left = new_run(FUSED), new_run(FUSED)
+    final_obs = left.env.get_observations()
+    for step in range(3):  # and no compute_returns
+        left.alg._final_values.record(step, final_obs, torch.ones(32, dtype=torch.bool))
+    returns = []
+    for run in (fresh, left):
+        torch.manual_seed(0)
+        returns.append(run.rollout().alg.storage.returns.clone())
+    assert torch.equal(*returns)
+
+
+def test_final_observations_of_another_form(new_run: Callable) -> None:
+    run = new_run(FUSED)
+    obs = run.env.get_observations()
+    rewards, dones = torch.zeros(32), torch.ones(32, dtype=torch.long)
+    extras = {"time_outs": dones.bool()}
+    run.alg.act(obs)
+    with pytest.raises(TypeError, match=r"extras\['final_obs'\] must be a TensorDict or a dictionary.*got Tensor"):
+        run.alg.process_env_step(obs, rewards, dones, {**extras, "final_obs": torch.zeros(32, 6)})
+    run.alg.process_env_step(obs, rewards, dones, {**extras, "final_obs": None})
+    run.alg.act(obs)
+    columns = {"terminated": torch.zeros(32, 1), "final_obs": obs}
+    run.alg.process_env_step(obs, rewards, dones, {**extras, **columns})
+
+
+def test_more_mini_batches_than_rows(new_run: Callable) -> None:
+    run = new_run(FUSED, env_args={"num_envs": 1}, args={"num_mini_batches": 7}).rollout()
+    with pytest.raises(ValueError, match="num_mini_batches is 7, more than the rollout has rows: 1 environments x 6"):
+        run.alg.update()
+
+
+@pytest.mark.parametrize("args", [{"nonfinite": "raise"}, {"reshuffle": True}])
+def test_arguments_that_a_beta_policy_cannot_have(args: dict, new_run: Callable) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(args))} needs a diagonal Gaussian policy"):
+        new_run(FUSED, args=args, actor={"distribution_cfg": {"class_name": "BetaDistribution"}})
+
+
+def test_recurrent_mini_batches_of_one_environment(train: Callable) -> None:
+    """Before any step the surrogate is the mean of normalized advantages, 0; PPO broadcasts [T, 1] with [T]."""
+    model = {"class_name": "RNNModel", "rnn_type": "lstm", "rnn_hidden_dim": 8}
+    args = {"num_mini_batches": 2, "num_learning_epochs": 1, "learning_rate": 0.0, "schedule": "fixed"}
+    options = {"env_args": {"num_envs": 2}, "actor": model, "critic": model, "args": args, "num_steps_per_env": 18}
+    assert abs(train(FUSED, 1, **options).losses[0]["surrogate"]) < 1e-5
+    assert abs(train("PPO", 1, **options).losses[0]["surrogate"]) > 1e-2
