@@ -131,13 +131,15 @@ def _profile(document: dict) -> list[str]:
     """rsl_rl beside FusedPPO, line by line."""
     rows = _rows(document, "profile")
     names = list(rows[0]["contenders"])
-    header = ["size", "what for", *(f"{name}: {column}" for name in names for column in ("operations", "MB", "time"))]
+    columns = ("operations", "syncs", "MB", "time")
+    header = ["size", "what for", *(f"{name}: {column}" for name in names for column in columns)]
     table = [[*header, "floor"]]
     for row in rows:
         cells = [row["case"]["size"].replace("_", " "), row["case"]["line"]]
         for entry in row["contenders"].values():
             moved = f"{entry['moved_bytes'] / 1e6:,.0f}" if "moved_bytes" in entry else ""
-            cells += [f"{entry['launches']:,}" if "launches" in entry else "", moved, duration(entry["median_s"])]
+            work = _counts(entry) if "launches" in entry else ["", ""]
+            cells += [*work, moved, duration(entry["median_s"])]
         table.append([*cells, duration(row["floor"]["median_s"]) if "floor" in row else ""])
     return [*_measured(document, "profile", "bench_profile.py"), *_table(table)]
 

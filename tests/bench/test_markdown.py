@@ -49,8 +49,8 @@ def test_update_and_parts(document):
 
 def test_profile(document):
     lines = table_of("profile", document)
-    assert lines[2].startswith("| size | what for | rsl_rl: operations | rsl_rl: MB | rsl_rl: time |")
-    assert "| cartpole | between operations |  |  |" in "\n".join(lines)
+    assert lines[2].startswith("| size | what for | rsl_rl: operations | rsl_rl: syncs | rsl_rl: MB |")
+    assert "| cartpole | between operations |  |  |  |" in "\n".join(lines)
 
 
 def test_learning(document):
