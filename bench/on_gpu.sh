@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests on the device, compute-sanitizer, benchmarks.
-#   bash bench/on_gpu.sh [results directory]      default: bench/results/<gpu>; the logs lie beside the JSON files
+#   bash bench/on_gpu.sh [NAME]                   results in bench/results/NAME (the GPU's name), logs beside the JSON files
 #   WHEELS=folder bash bench/on_gpu.sh            installs the wheels in it first: rsl-rl-lib, tensordict, hypothesis …
 # Runs on where a step fails, and says at the end which did. torch, triton and pytest must be there.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || exit 1
-results=${1:-bench/results/$gpu}
+name=${1:-$gpu}
+results=bench/results/$name
 mkdir -p "$results"
 failed=()
 step() {  # name, seconds at most, command
@@ -28,13 +29,13 @@ step update-tests 240 python3 -m pytest -q tests/rsl_rl/test_no_host_sync.py tes
 for tool in memcheck racecheck initcheck; do
   step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
 done
-step loss 420 python3 bench/bench_loss.py --device cuda --seconds 3 --save "$(basename "$results")"
-step launch 60 python3 bench/bench_launch.py --device cuda --save "$(basename "$results")"
-step kl 60 python3 bench/bench_kl.py --device cuda --save "$(basename "$results")"
-step update 400 python3 bench/bench_update.py --device cuda --save "$(basename "$results")"
-step timeline 60 python3 bench/bench_timeline.py --device cuda --save "$(basename "$results")"
-step profile 200 python3 bench/bench_profile.py --device cuda --save "$(basename "$results")"
-step gae 120 python3 bench/bench_gae.py --device cuda --save "$(basename "$results")"
+step loss 420 python3 bench/bench_loss.py --device cuda --seconds 3 --save "$name"
+step launch 60 python3 bench/bench_launch.py --device cuda --save "$name"
+step kl 60 python3 bench/bench_kl.py --device cuda --save "$name"
+step update 400 python3 bench/bench_update.py --device cuda --save "$name"
+step timeline 60 python3 bench/bench_timeline.py --device cuda --save "$name"
+step profile 200 python3 bench/bench_profile.py --device cuda --save "$name"
+step gae 120 python3 bench/bench_gae.py --device cuda --save "$name"
 
 printf '\n=== done (%d s): %s\n' "$SECONDS" "$results"
 if [ "${#failed[@]}" -gt 0 ]; then

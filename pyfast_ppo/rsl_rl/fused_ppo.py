@@ -207,6 +207,7 @@ class FusedPPO(PPO):
         self.kl_target = kl_target
         self.early_stop_kl = early_stop_kl
         self._controlled: tuple = ()
+        self._num_controls = 0
         self._rnd_rate: Any = DeviceRate(self.rnd.optimizer) if self.rnd else None
         self._follow_settings()
         self._penalty_coef: Tensor | None = None  # the memory of kl_coef on the device, if it adapts
@@ -348,6 +349,7 @@ class FusedPPO(PPO):
         if wanted == self._controlled:
             return
         self._controlled = wanted
+        self._num_controls += 1
         self._rate = DeviceRate(self.optimizer)
         self._kl_control = KLControl(
             self._rate,
@@ -457,7 +459,7 @@ class FusedPPO(PPO):
         rates = None if self._kl_control.adaptive else tuple(group["lr"] for group in self.optimizer.param_groups)
         numbers = (
             *(self.clip_param, self.value_loss_coef, self.entropy_coef, self.max_grad_norm, self.desired_kl, rates),
-            *(self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches),
+            *(self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches, self._num_controls),
             *(self.kl_coef if self._penalty_coef is None else None, self.normalize_advantage_per_mini_batch),
             *(getattr(self, "use_mixed_precision", False), torch.get_float32_matmul_precision()),
         )
