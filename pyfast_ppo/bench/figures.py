@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pyfast_ppo.bench.tables import duration
@@ -117,74 +118,82 @@ def _draw_sweep(axes: Axes, sweep: list[dict], x: str) -> None:
 
 def draw_iteration(document: dict) -> bytes | None:
     """Where an iteration's time goes, a bar for each contender and a panel for each size; None: nothing there."""
-    rows = document["subjects"].get("update", {}).get("rows", [])
-    sizes = {row["case"]["size"]: None for row in rows}
-    if not sizes:
-        return None
-    figure = _figure((10.5, 1.1 + 1.9 * len(sizes)))
-    for axes, size in zip(figure.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
-        _draw_parts(axes, size, {r["case"]["part"]: r for r in rows if r["case"]["size"] == size})
-    axes.set_xlabel("ms of one iteration, without the environment's steps")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.suptitle(f"One iteration, {_where(document, 'update')}", x=0.01, ha="left", fontsize=11, color=_INK)
-    return _png(figure)
-
-
-def _draw_parts(axes: Axes, size: str, by_part: dict[str, dict]) -> None:
-    whole = by_part["iteration"]["contenders"]
-    names = list(whole)
-    left = [0.0] * len(names)
-    for part, color in _PARTS.items():
-        widths = [1e3 * by_part[part]["contenders"][name]["median_s"] for name in names]
-        axes.barh(names, widths, left=left, color=color, height=0.72, label=_PART_LABELS.get(part, part))
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for at, name in enumerate(names):
-        entry = whole[name]
-        faster = "" if name == by_part["iteration"]["baseline"] else f"   {entry['times_faster']:.2f}x"
-        axes.text(left[at], at, f"  {duration(entry['median_s'])}{faster}", va="center", fontsize=9, color=_INK)
-    axes.invert_yaxis()
-    axes.set_title(size.replace("_", " "), loc="left", fontsize=10, color=_INK)
-    axes.set_xlim(0.0, 1.18 * max(left))
-    axes.grid(axis="x", color=_GREY, linewidth=0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.set_axisbelow(True)
+    return _draw_panels(document, "update", "part", _draw_parts, "One iteration", height=1.9, columns=len(_PARTS))
 
 
 def draw_profile(document: dict) -> bytes | None:
     """What an iteration's time is spent on, stock, fused and floor, a panel for each size; None: nothing there."""
-    rows = document["subjects"].get("profile", {}).get("rows", [])
+    return _draw_panels(document, "profile", "line", _draw_lines, "What the time is spent on", height=1.6, columns=4)
+
+
+def _draw_panels(
+    document: dict,
+    subject: str,
+    key: str,
+    draw_panel: Callable[[Axes, dict[str, dict]], None],
+    title: str,
+    *,
+    height: float,
+    columns: int,
+) -> bytes | None:
+    """A panel for each size, which gets its rows by ``key`` of their case. ``columns``: of the legend."""
+    rows = document["subjects"].get(subject, {}).get("rows", [])
     sizes = {row["case"]["size"]: None for row in rows}
     if not sizes:
         return None
-    figure = _figure((10.5, 1.2 + 1.6 * len(sizes)))
+    figure = _figure((10.5, 1.1 + height * len(sizes)))
     for axes, size in zip(figure.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
-        _draw_lines(axes, size, {r["case"]["line"]: r for r in rows if r["case"]["size"] == size})
+        draw_panel(axes, {row["case"][key]: row for row in rows if row["case"]["size"] == size})
+        axes.set_title(size.replace("_", " "), loc="left", fontsize=10, color=_INK)
     axes.set_xlabel("ms of one iteration, without the environment's steps")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(
-        f"What the time is spent on, {_where(document, 'profile')}", x=0.01, ha="left", fontsize=11, color=_INK
-    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.suptitle(f"{title}, {_where(document, subject)}", x=0.01, ha="left", fontsize=11, color=_INK)
     return _png(figure)
 
 
-def _draw_lines(axes: Axes, size: str, by_line: dict[str, dict]) -> None:
+def _draw_parts(axes: Axes, by_part: dict[str, dict]) -> None:
+    whole = by_part["iteration"]
+    texts = {
+        name: duration(entry["median_s"]) + ("" if name == whole["baseline"] else f"   {entry['times_faster']:.2f}x")
+        for name, entry in whole["contenders"].items()
+    }
+    bars = [
+        (_PART_LABELS.get(part, part), color, [e["median_s"] for e in by_part[part]["contenders"].values()])
+        for part, color in _PARTS.items()
+    ]
+    _draw_bars(axes, bars, texts, room=1.18)
+
+
+def _draw_lines(axes: Axes, by_line: dict[str, dict]) -> None:
     whole = by_line["iteration"]
-    names = [*whole["contenders"], "floor"]
+    texts = {
+        name: f"{duration(entry['median_s'])}, {entry['launches']:,} operations"
+        for name, entry in whole["contenders"].items()
+    }
+    texts["floor"] = duration(whole["floor"]["median_s"])
+    bars = [
+        (line, color, [e["median_s"] for e in (*row["contenders"].values(), row.get("floor", {"median_s": 0.0}))])
+        for line, color in _LINE_COLORS.items()
+        for row in [by_line[line]]
+    ]
+    _draw_bars(axes, bars, texts, room=1.4)
+
+
+def _draw_bars(
+    axes: Axes, bars: Sequence[tuple[str, str, Sequence[float]]], texts: Mapping[str, str], room: float
+) -> None:
+    """One bar for each name in ``texts``, made of (label, color, seconds of each name), with its text behind it."""
+    names = list(texts)
     left = [0.0] * len(names)
-    for line, color in _LINE_COLORS.items():
-        row = by_line[line]
-        entries = [*row["contenders"].values(), row.get("floor", {"median_s": 0.0})]
-        widths = [1e3 * entry["median_s"] for entry in entries]
-        axes.barh(names, widths, left=left, color=color, height=0.72, label=line)
+    for label, color, seconds in bars:
+        widths = [1e3 * s for s in seconds]
+        axes.barh(names, widths, left=left, color=color, height=0.72, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    for at, entry in enumerate([*whole["contenders"].values(), whole["floor"]]):
-        work = f", {entry['launches']:,} operations" if "launches" in entry else ""
-        axes.text(left[at], at, f"  {duration(entry['median_s'])}{work}", va="center", fontsize=9, color=_INK)
+    for at, name in enumerate(names):
+        axes.text(left[at], at, f"  {texts[name]}", va="center", fontsize=9, color=_INK)
     axes.invert_yaxis()
-    axes.set_title(size.replace("_", " "), loc="left", fontsize=10, color=_INK)
-    axes.set_xlim(0.0, 1.4 * max(left))
+    axes.set_xlim(0.0, room * max(left))
     axes.grid(axis="x", color=_GREY, linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_axisbelow(True)

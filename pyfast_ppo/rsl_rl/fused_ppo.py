@@ -189,13 +189,11 @@ class FusedPPO(PPO):
         self._sampling: Callable[[], AbstractContextManager] = nullcontext
         self._captured_rollout: Captured[None] | None = None
         self._std_is_parameter = False
-        self._stock_reason = reason_not_fused(self._raw_actor)
-        if self._stock_reason is not None:
-            chosen = {"kl_coef": kl_coef != 0.0, "early_stop_kl": early_stop_kl is not None}
-            chosen |= {"kl_rule": kl_rule != "rsl_rl", "reshuffle": reshuffle, "nonfinite": nonfinite == "raise"}
-            for name in (name for name, is_chosen in chosen.items() if is_chosen):
-                raise ValueError(f"{name} needs a diagonal Gaussian policy: {self._stock_reason}")
-            logger.warning("The loss runs on rsl_rl's own formula: %s.", self._stock_reason)
+        self.kl_target = kl_target
+        self.early_stop_kl = early_stop_kl
+        self._stock_reason: str | None = None
+        if reason := reason_not_fused(self._raw_actor):
+            self._fall_back(reason)
             return
         distribution = self._raw_actor.distribution
         self._std_is_parameter = std_is_parameter(distribution)
@@ -204,8 +202,6 @@ class FusedPPO(PPO):
         )
         if type(distribution).sample is GaussianDistribution.sample:
             self._sampling = SampleInstead(distribution, sample_without_waiting)
-        self.kl_target = kl_target
-        self.early_stop_kl = early_stop_kl
         self._controlled: tuple = ()
         self._num_controls = 0
         self._rnd_rate: Any = DeviceRate(self.rnd.optimizer) if self.rnd else None
@@ -221,6 +217,16 @@ class FusedPPO(PPO):
                 self._captured_rollout = Captured[None]("The rollout")
             if reason := reason or self._reason_update_not_captured():
                 self._captured.give_up(reason)
+
+    def _fall_back(self, reason: str) -> None:
+        """The loss runs on rsl_rl's own formula from now on, unless something was asked for that it cannot do."""
+        chosen = {"kl_coef": self.kl_coef != 0.0, "early_stop_kl": self.early_stop_kl is not None}
+        chosen |= {"kl_rule": self.kl_rule != "rsl_rl", "reshuffle": self.reshuffle}
+        chosen["nonfinite"] = self.nonfinite == "raise"
+        for name in (name for name, is_chosen in chosen.items() if is_chosen):
+            raise ValueError(f"{name} needs a diagonal Gaussian policy: {reason}")
+        self._stock_reason = reason
+        logger.warning("The loss runs on rsl_rl's own formula: %s.", reason)
 
     # --- rollout
     # ------------------------------------------------------------------------------------------------------------
@@ -367,8 +373,7 @@ class FusedPPO(PPO):
     def update(self) -> dict[str, float]:
         """Run optimization epochs over stored batches and return mean losses."""
         if self._stock_reason is None and (law := law_not_gaussian(self._raw_actor.distribution)):
-            self._stock_reason = law  # which can be seen only now, after the policy has acted
-            logger.warning("The loss runs on rsl_rl's own formula: %s.", law)
+            self._fall_back(law)  # which can be seen only now, after the policy has acted
         if self._stock_reason is not None:
             return super().update()
 

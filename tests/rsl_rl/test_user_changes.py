@@ -103,6 +103,12 @@ def test_a_policy_that_draws_from_another_law(train: Callable, caplog: pytest.Lo
     assert caplog.text.count("DrawsFromLaplace draws from Laplace, not from Normal") == 1
 
 
+def test_such_a_policy_cannot_have_what_only_the_fused_loss_has(new_run: Callable) -> None:
+    run = new_run(FUSED, args={"kl_coef": 0.1}, actor={"distribution_cfg": {"class_name": DrawsFromLaplace}})
+    with pytest.raises(ValueError, match="kl_coef needs a diagonal Gaussian policy: DrawsFromLaplace draws from"):
+        run.learn(1)
+
+
 def test_a_forward_of_one_layer_alone(train: Callable, new_run: Callable) -> None:
     runs = []
     for algorithm, args in (("PPO", {}), (FUSED, PARITY)):
