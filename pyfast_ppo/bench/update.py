@@ -18,6 +18,7 @@ from pyfast_ppo.bench.counts import Counts, count
 from pyfast_ppo.bench.harness import Options, Timing, first_line
 from pyfast_ppo.bench.sizes import SIZES, Size
 from pyfast_ppo.bench.synthetic import make_runner
+from pyfast_ppo.rsl_rl import FusedPPO
 
 BASELINE, COMPILED, TORCH_ONLY, OURS = "rsl_rl", "rsl_rl compiled", "torch only", "FusedPPO"
 PARTS = ("act", "process_env_step", "compute_returns", "update")  # of an iteration, in their order
@@ -25,6 +26,12 @@ ITERATION = "iteration"
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 20
 
 Around = Callable[[str, Callable[[], object]], object]  # runs a part of an iteration, and hands on what it returns
+
+
+class TwoStreams(FusedPPO):
+    """In its CUDA graphs the critic runs beside the actor."""
+
+    _two_streams = True
 
 
 def cases(device: str, quick: bool) -> list[str]:
@@ -80,6 +87,7 @@ def _runners(size: Size, options: Options) -> tuple[dict[str, OnPolicyRunner], d
     }
     if options.device == "cuda":
         wanted[f"{OURS}, CUDA graph"] = (fused, None, {"cuda_graph": True})
+        wanted[f"{OURS}, two streams"] = (f"{__name__}:TwoStreams", None, {"cuda_graph": True})
     runners, skipped = {}, {}
     if options.quick:
         del wanted[COMPILED]

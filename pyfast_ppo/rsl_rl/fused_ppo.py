@@ -43,6 +43,7 @@ from pyfast_ppo.rsl_rl.policy import (
     store_std_once,
 )
 from pyfast_ppo.rsl_rl.ranks import standardized_over_ranks
+from pyfast_ppo.rsl_rl.streams import beside
 from pyfast_ppo.schedules import RslRlScheduleBefore5
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ class FusedPPO(PPO):
     A policy that is not a diagonal Gaussian (Beta, or formulas of its own) runs on PPO's own ``update()``; the log says
     so once.
     """
+
+    # The critic's kernels run beside the actor's in a CUDA graph. Off until it is measured where that pays.
+    _two_streams = False
 
     def __init__(
         self,
@@ -256,8 +260,15 @@ class FusedPPO(PPO):
 
     def _act(self, obs: TensorDict) -> Tensor:
         compiled = self.actor is not self._raw_actor  # then the compiler makes of the sampling what it can
-        with nullcontext() if compiled else self._sampling():
+        with nullcontext() if compiled else self._sampling(), self._critic_beside_actor():
             return super().act(obs)
+
+    def _critic_beside_actor(self) -> AbstractContextManager[None]:
+        if not self._two_streams or self.critic is not self._raw_critic:
+            return nullcontext()
+        # what the actor makes of shared parameters, as autocast's copies, the critic would have to wait for
+        shared = set(self._raw_actor.parameters()) & set(self._raw_critic.parameters())
+        return nullcontext() if shared else beside(self._raw_critic)
 
     def _act_into_storage(self, obs: TensorDict) -> None:
         """Acts, and stores what that gives at the present step of the storage."""
@@ -540,15 +551,15 @@ class FusedPPO(PPO):
 
         rnd_loss = symmetry_loss = None
         with self._autocast():
-            with self._without_sampling():
+            with self._without_sampling(), self._critic_beside_actor():
                 self.actor(
                     batch.observations,
                     masks=batch.masks,
                     hidden_state=batch.hidden_states[0],
                     stochastic_output=True,
                 )
+                values = self.critic(batch.observations, masks=batch.masks, hidden_state=batch.hidden_states[1])
             mean, std = self.actor.output_distribution_params
-            values = self.critic(batch.observations, masks=batch.masks, hidden_state=batch.hidden_states[1])
             if self.rnd:
                 rnd_loss = self.rnd.compute_loss(batch.observations[:original_batch_size])
             if self.symmetry:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyfast_ppo.rsl_rl import FusedPPO
 from pyfast_ppo.rsl_rl.fused_ppo import _NORMALIZES_IN_UPDATE
 
 sys.path.append(str(Path(__file__).parent))
@@ -106,6 +107,49 @@ def test_a_replayed_rollout_stores_the_same_bits(
     assert (captured_run.observations == plain.observations).all()
     for ours, theirs in zip(captured_run.distribution_params, plain.distribution_params, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("ahead", [0, 1], ids=["actor_ahead", "critic_ahead"])
+@pytest.mark.parametrize("name", ["adaptive", "heteroscedastic", "rnd", "symmetry"])
+def test_the_critic_beside_the_actor(
+    name: str, ahead: int, new_run: Callable, graphs: list[GraphOnCpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads what was there before the other began, and what follows waits for both."""
+    plain = new_run(FUSED, **with_graph(CASES[name], cuda_graph=False)).learn(ITERATIONS)
+    monkeypatch.setattr(FusedPPO, "_two_streams", True)
+    monkeypatch.setattr(GraphOnCpu, "ahead", ahead)
+    run = new_run(FUSED, **with_graph(CASES[name])).learn(ITERATIONS)
+    num_steps = run.alg.storage.num_transitions_per_env
+    # the returns, which need the critic alone, are recorded first
+    assert [len(graph.streams) for graph in graphs] == [1, *[2] * (num_steps + 1)]
+    assert all(any(isinstance(item, tuple) for item in stream) for graph in graphs for stream in graph.streams)
+    assert run.distance(plain) == 0.0
+    assert run.losses == plain.losses
+
+
+@pytest.mark.parametrize("ahead", [0, 1], ids=["actor_ahead", "critic_ahead"])
+def test_the_emulation_of_streams_runs_ahead(
+    ahead: int, new_run: Callable, graphs: list[GraphOnCpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above can fail: streams that do not wait for each other read what is not there yet."""
+    plain = new_run(FUSED, **with_graph(CASES["adaptive"], cuda_graph=False)).learn(ITERATIONS)
+    monkeypatch.setattr(FusedPPO, "_two_streams", True)
+    monkeypatch.setattr(GraphOnCpu, "ahead", ahead)
+    run = new_run(FUSED, **with_graph(CASES["adaptive"])).learn(3)
+    for stream in graphs[-1].streams:
+        stream[:] = [item if isinstance(item, tuple) else 0 for item in stream]
+    run.learn(ITERATIONS - 3)
+    assert run.distance(plain) > 0.0
+
+
+def test_shared_parameters_stay_on_one_stream(
+    new_run: Callable, graphs: list[GraphOnCpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FusedPPO, "_two_streams", True)
+    run = new_run(FUSED, **with_graph(CASES["fixed"]))
+    run.alg.critic.mlp[0].bias = run.alg.actor.mlp[0].bias
+    run.learn(4)
+    assert [len(graph.streams) for graph in graphs] == [1] * len(graphs)
 
 
 def test_an_environment_may_write_into_the_actions(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
@@ -252,9 +296,11 @@ def test_a_lost_step_within_a_graph(new_run: Callable, graphs: list[GraphOnCpu])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("two_streams", [False, True])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_on_a_gpu(case: dict, new_run: Callable) -> None:
+def test_on_a_gpu(case: dict, two_streams: bool, new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real graphs, the fastest backend: the bits of the update without one."""
+    monkeypatch.setattr(FusedPPO, "_two_streams", two_streams)
     runs = []
     for cuda_graph in (True, False):
         config = {**case, "args": {**case["args"], "cuda_graph": cuda_graph}}
