@@ -185,7 +185,7 @@ class FusedPPO(PPO):
         )
 
         self.reshuffle = reshuffle
-        if reshuffle and (self.actor.is_recurrent or self.critic.is_recurrent):
+        if reshuffle and self._recurrent:
             raise ValueError("reshuffle needs feed-forward models: the mini-batches of recurrent ones are not drawn")
         self.global_advantage_statistics = global_advantage_statistics
         self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
@@ -343,7 +343,7 @@ class FusedPPO(PPO):
         """Why acting and returns cannot be CUDA graphs, as far as it can be told before it is tried."""
         if torch.device(self.device).type != "cuda":
             return f"the device is {self.device}"
-        if self.actor.is_recurrent or self.critic.is_recurrent:
+        if self._recurrent:
             return "recurrent models have states, and mini-batches of changing shapes"
         normalized = self._raw_actor.obs_normalization or self._raw_critic.obs_normalization
         if normalized and not _NORMALIZES_IN_UPDATE:
@@ -424,21 +424,37 @@ class FusedPPO(PPO):
             if self._penalty_coef is None:
                 self._penalty_coef = torch.empty((), dtype=torch.float64, device=self.device)
             self._penalty_coef.fill_(self.kl_coef)
-        if not (self.actor.is_recurrent or self.critic.is_recurrent):
-            num_rows = self.storage.num_envs * self.storage.num_transitions_per_env
-            num_rows -= num_rows % self.num_mini_batches
-            if num_rows == 0:
-                raise ValueError(
-                    f"num_mini_batches is {self.num_mini_batches}, more than the rollout has rows: "
-                    f"{self.storage.num_envs} environments x {self.storage.num_transitions_per_env} steps"
-                )
+        rows_each = self._rows_of_a_mini_batch()
+        if not self._recurrent:
             epochs = self.num_learning_epochs if self.reshuffle else 1
+            num_rows = rows_each * self.num_mini_batches
             # the same draw as in PPO
             rows = torch.stack([torch.randperm(num_rows, device=self.storage.device) for _ in range(epochs)])
             if self._rows is None or self._rows.shape != rows.shape:
                 self._rows = rows
             else:
                 self._rows.copy_(rows)
+
+    @property
+    def _recurrent(self) -> bool:
+        return self.actor.is_recurrent or self.critic.is_recurrent
+
+    def _rows_of_a_mini_batch(self) -> int:
+        """As PPO cuts the rollout: by environments for recurrent models; what is left over is not used."""
+        envs, steps, count = self.storage.num_envs, self.storage.num_transitions_per_env, self.num_mini_batches
+        rows = envs // count * steps if self._recurrent else envs * steps // count
+        if rows == 0:
+            units = "environments, by which recurrent models are cut" if self._recurrent else "rows"
+            raise ValueError(
+                f"num_mini_batches is {count}, more than the rollout has {units}: {envs} environments x {steps} steps"
+            )
+        ranks = self._world_size if self.global_advantage_statistics else 1
+        if rows * ranks == 1 and self.normalize_advantage_per_mini_batch:
+            raise ValueError(
+                "normalize_advantage_per_mini_batch needs two rows or more in a mini-batch, got one: "
+                f"{envs} environments x {steps} steps in {count} mini-batches"
+            )
+        return rows
 
     def _steps(self) -> Run:
         """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
@@ -496,11 +512,10 @@ class FusedPPO(PPO):
 
     def _mini_batches(self) -> Iterator[list[RolloutStorage.Batch]]:
         """The mini-batches of all epochs, each in pieces: the same in each epoch, as in PPO, unless drawn anew."""
-        recurrent = self.actor.is_recurrent or self.critic.is_recurrent
         ranks = self._world_size if self.global_advantage_statistics else 1
         for epoch in range(self.num_learning_epochs):
             if epoch == 0 or self.reshuffle:
-                if recurrent:
+                if self._recurrent:
                     batches = list(self.storage.recurrent_mini_batch_generator(self.num_mini_batches, 1))
                 else:
                     batches = [gathered(self.storage, rows) for rows in self._rows[epoch].chunk(self.num_mini_batches)]

@@ -254,6 +254,22 @@ def test_more_mini_batches_than_rows(new_run: Callable) -> None:
         run.alg.update()
 
 
+def test_more_mini_batches_than_environments_of_a_recurrent_policy(new_run: Callable) -> None:
+    lstm = {"class_name": "RNNModel", "rnn_type": "lstm", "rnn_hidden_dim": 8}
+    run = new_run(FUSED, env_args={"num_envs": 2}, actor=lstm, args={"num_mini_batches": 3}).rollout()
+    with pytest.raises(
+        ValueError, match="3, more than the rollout has environments, by which recurrent models are cut"
+    ):
+        run.alg.update()
+
+
+def test_the_advantages_of_one_row_have_no_std(new_run: Callable) -> None:
+    args = {"num_mini_batches": 6, "normalize_advantage_per_mini_batch": True}
+    run = new_run(FUSED, env_args={"num_envs": 1}, args=args).rollout()
+    with pytest.raises(ValueError, match="normalize_advantage_per_mini_batch needs two rows or more in a mini-batch"):
+        run.alg.update()
+
+
 @pytest.mark.parametrize("args", [{"nonfinite": "raise"}, {"reshuffle": True}])
 def test_arguments_that_a_beta_policy_cannot_have(args: dict, new_run: Callable) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(args))} needs a diagonal Gaussian policy"):
