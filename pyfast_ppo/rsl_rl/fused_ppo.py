@@ -191,6 +191,7 @@ class FusedPPO(PPO):
         self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
 
         self._sampling: Callable[[], AbstractContextManager] = nullcontext
+        self._captured = Captured[Run]("The update") if cuda_graph else None
         self._captured_rollout: Captured[None] | None = None
         self._std_is_parameter = False
         self.kl_target = kl_target
@@ -214,7 +215,6 @@ class FusedPPO(PPO):
         self._rows: Any = None  # the order of the rollout's rows in each epoch, or in all
         self._last_obs: Any = None  # the memory of what the rollout ended with, for a graph
         self._rollout_key: tuple = ()
-        self._captured = Captured[Run]("The update") if cuda_graph else None
         if self._captured is not None:
             reason = self._reason_rollout_not_captured()
             if reason is None:
@@ -231,6 +231,8 @@ class FusedPPO(PPO):
             raise ValueError(f"{name} needs a diagonal Gaussian policy: {reason}")
         self._stock_reason = reason
         logger.warning("The loss runs on rsl_rl's own formula: %s.", reason)
+        if self._captured is not None and self._captured.reason is None:
+            self._captured.give_up("rsl_rl's own waits for the device")
 
     # --- rollout
     # ------------------------------------------------------------------------------------------------------------

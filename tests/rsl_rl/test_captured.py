@@ -272,6 +272,16 @@ def test_what_is_known_beforehand(config: dict, reason: str, new_run: Callable, 
     assert run.alg._captured.num_records == 0
 
 
+def test_rsl_rls_own_update_is_not_recorded(
+    new_run: Callable, graphs: list[GraphOnCpu], caplog: pytest.LogCaptureFixture
+) -> None:
+    beta = {"distribution_cfg": {"class_name": "BetaDistribution"}}
+    with caplog.at_level(logging.WARNING):
+        new_run(FUSED, actor=beta, **with_graph(CASES["fixed"])).learn(3)
+    assert graphs == []
+    assert "The update runs without a CUDA graph: rsl_rl's own waits for the device." in caplog.text
+
+
 def test_on_the_cpu_it_says_so(new_run: Callable, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         run = new_run(FUSED, args={"cuda_graph": True})
