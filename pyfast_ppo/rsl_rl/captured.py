@@ -1,37 +1,46 @@
-"""Work that is done again and again as CUDA graphs: recorded once, then replayed with one launch each."""
+"""Work that is done again and again: when it becomes a CUDA graph, and when it does not."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Hashable, Iterable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+from pyfast_ppo.rsl_rl.graph import Graph
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 
-class Graph:
-    """A CUDA graph. What is recorded must not wait for the device, and does nothing until it is replayed."""
+class Waits:
+    """Notices where what runs within waits for the device, as far as torch tells; nothing else changes."""
 
-    def __init__(self, neighbour: Graph | None = None) -> None:
-        """``neighbour``: a graph that never runs at the same time, whose temporary memory this one may use."""
-        self._graph = torch.cuda.CUDAGraph()
-        self._pool = None if neighbour is None else neighbour._graph.pool()
+    def __init__(self) -> None:
+        self.where: str | None = None  # the first one, "file:line"
+        self._around = contextlib.ExitStack()
 
-    def record(self, work: Callable[[], Result]) -> Result:
-        """Records what ``work`` launches, and returns what it returns: tensors that each replay fills anew."""
-        # of this thread alone: a simulator's or NCCL's may call CUDA meanwhile
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-            return work()
+    def __enter__(self) -> Waits:
+        if torch.cuda.get_sync_debug_mode() == 0:
+            torch.cuda.set_sync_debug_mode("warn")
+            self._around.callback(torch.cuda.set_sync_debug_mode, "default")
+        self._caught: Any = self._around.enter_context(warnings.catch_warnings(record=True))  # a list
+        warnings.simplefilter("always")
+        return self
 
-    def replay(self) -> None:
-        """Runs it on the current stream."""
-        self._graph.replay()
+    def __exit__(self, *_: object) -> None:
+        self._around.close()
+        for w in self._caught:
+            if "called a synchronizing CUDA operation" not in str(w.message):
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
+            elif self.where is None:
+                self.where = f"{w.filename}:{w.lineno}"
 
 
 class Captured(Generic[Result]):
@@ -40,19 +49,25 @@ class Captured(Generic[Result]):
     All that the work reads lies in the same memory each time, as far as the caller can tell: ``key`` tells what a graph
     freezes (addresses, shapes, numbers on the host). While the key changes from call to call the work runs as it is,
     and so it does the first time, in which kernels are loaded and memory is allocated; with the key of the call before
-    it is recorded, and replayed from then on. If it cannot be recorded it runs as it is for good, and the log says why.
+    it is recorded, and replayed from then on, unless it waited for the device. If it does so again, or cannot be
+    recorded, it runs as it is for good, and the log says why.
 
     Several pieces of work, one after the other, have a slot each, and the key in common.
     """
 
-    def __init__(self, subject: str) -> None:
+    def __init__(self, subject: str, device: str) -> None:
         """``subject``: what the log calls the work."""
         self._subject = subject
+        self._device = torch.device(device)
         self._graphs: dict[Hashable, tuple[Graph, Result]] = {}
-        self._seen: set[Hashable] = set()  # slots that have run with the present key
+        self._waited: dict[Hashable, bool] = {}  # for slots that have run with the present key: whether they waited
         self._key: Hashable = None
         self.reason: str | None = None  # why it is not recorded
         self.num_records = 0
+
+    def __getstate__(self) -> dict:
+        """Copies record anew: theirs is other memory."""
+        return {**self.__dict__, "_graphs": {}, "_waited": {}, "_key": None}
 
     def run(self, work: Callable[[], Result], key: Callable[[], Hashable], slot: Hashable = None) -> Result:
         """The result of the work, done now: with a graph, the same objects as in the call before."""
@@ -61,9 +76,8 @@ class Captured(Generic[Result]):
         if (present := key()) != self._key:
             self._forget()
             self._key = present
-        if slot not in self._seen:
-            self._seen.add(slot)
-            return work()
+        if slot not in self._graphs and self._waited.get(slot, True):
+            return self._run_as_it_is(work, slot)
         if slot not in self._graphs and not self._record(work, slot):
             return work()
         graph, result = self._graphs[slot]
@@ -78,18 +92,43 @@ class Captured(Generic[Result]):
 
     def _forget(self) -> None:
         self._graphs.clear()
-        self._seen.clear()
+        self._waited.clear()
+
+    def _run_as_it_is(self, work: Callable[[], Result], slot: Hashable) -> Result:
+        with Waits() as waits:
+            result = work()
+        if waits.where is not None and slot in self._waited:  # once may be by what is made once
+            self.give_up(f"it waits for the device, first at {waits.where}")
+        else:
+            self._waited[slot] = waits.where is not None
+        return result
 
     def _record(self, work: Callable[[], Result], slot: Hashable) -> bool:
-        graph = Graph(next((graph for graph, _ in self._graphs.values()), None))
+        graph = Graph(self._device, next((graph for graph, _ in self._graphs.values()), None))
         try:
             result = graph.record(work)
         except RuntimeError as error:  # CUDA's errors are RuntimeErrors, too
-            self.give_up(f"it cannot be recorded ({str(error).splitlines()[0]})")
+            self.give_up(f"it cannot be recorded ({_first_cause(error)})")
             return False
         self._graphs[slot] = graph, result
         self.num_records += 1
         return True
+
+
+def _first_cause(error: BaseException) -> str:
+    """What was raised first; that the recording could not be ended is what followed from it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def matmul_precision() -> tuple:
+    """How float32 matrices are multiplied, in whichever of its interfaces torch was told."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # told by the newer one, which the older cannot express
+        precision = None
+    return precision, getattr(torch.backends.cuda.matmul, "fp32_precision", None)
 
 
 def addresses(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> tuple:

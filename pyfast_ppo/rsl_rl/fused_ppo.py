@@ -23,7 +23,7 @@ from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, PPOLossOutput, ppo_loss_and_grad
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
-from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, matmul_precision, modes
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import Run
 from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place, widest_layer
@@ -31,6 +31,7 @@ from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, first_non
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.policy import (
     SampleInstead,
+    detach_last_forward,
     first_row,
     gathered,
     law_not_gaussian,
@@ -191,7 +192,7 @@ class FusedPPO(PPO):
         self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
 
         self._sampling: Callable[[], AbstractContextManager] = nullcontext
-        self._captured = Captured[Run]("The update") if cuda_graph else None
+        self._captured = Captured[Run]("The update", self.device) if cuda_graph else None
         self._captured_rollout: Captured[None] | None = None
         self._std_is_parameter = False
         self.kl_target = kl_target
@@ -209,7 +210,7 @@ class FusedPPO(PPO):
             self._sampling = SampleInstead(distribution, sample_without_waiting)
         self._controlled: tuple = ()
         self._num_controls = 0
-        self._rnd_rate: Any = DeviceRate(self.rnd.optimizer) if self.rnd else None
+        self._rnd_rate: Any = DeviceRate(self.rnd.optimizer, in_graph=cuda_graph) if self.rnd else None
         self._follow_settings()
         self._penalty_coef: Tensor | None = None  # the memory of kl_coef on the device, if it adapts
         self._rows: Any = None  # the order of the rollout's rows in each epoch, or in all
@@ -218,7 +219,7 @@ class FusedPPO(PPO):
         if self._captured is not None:
             reason = self._reason_rollout_not_captured()
             if reason is None:
-                self._captured_rollout = Captured[None]("The rollout")
+                self._captured_rollout = Captured[None]("The rollout", self.device)
             if reason := reason or self._reason_update_not_captured():
                 self._captured.give_up(reason)
 
@@ -359,7 +360,7 @@ class FusedPPO(PPO):
         tensors += [*st.observations.values(), *st.distribution_params, *self._final_values.memory()]
         modules = [self.actor, self.critic]
         numbers = (self.gamma, self.lam, self.normalize_advantage_per_mini_batch)
-        return addresses(modules, tensors), modes(modules), numbers, torch.get_float32_matmul_precision()
+        return addresses(modules, tensors), modes(modules), numbers, matmul_precision()
 
     def _follow_settings(self) -> None:
         """Makes what steers the optimizer: anew if the schedule, its target or the optimizer were changed."""
@@ -369,7 +370,7 @@ class FusedPPO(PPO):
             return
         self._controlled = wanted
         self._num_controls += 1
-        self._rate = DeviceRate(self.optimizer)
+        self._rate = DeviceRate(self.optimizer, self._captured is not None)
         self._kl_control = KLControl(
             self._rate,
             desired_kl,
@@ -468,6 +469,7 @@ class FusedPPO(PPO):
             for pieces in self._mini_batches():
                 self._step(pieces, run)
         self._kl_control.after_last_step(run, self.num_mini_batches)
+        detach_last_forward(self._raw_actor.distribution)
         return run
 
     def _reason_update_not_captured(self) -> str | None:
@@ -495,7 +497,7 @@ class FusedPPO(PPO):
             *(self.clip_param, self.value_loss_coef, self.entropy_coef, self.max_grad_norm, self.desired_kl, rates),
             *(self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches, self._num_controls),
             *(self.kl_coef if self._penalty_coef is None else None, self.normalize_advantage_per_mini_batch),
-            *(getattr(self, "use_mixed_precision", False), torch.get_float32_matmul_precision()),
+            *(getattr(self, "use_mixed_precision", False), matmul_precision()),
         )
         return addresses(modules, tensors), modes(modules), numbers
 

@@ -19,8 +19,10 @@ class DeviceRate:
     optimizer holds plain numbers, as loggers, schedulers and checkpoints expect.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, in_graph: bool = False) -> None:
+        """``in_graph``: its steps may be recorded as a CUDA graph."""
         self._optimizer: Any = optimizer  # torch's stubs lack what fused steps read
+        self._in_graph = in_graph
         self._initial: Any = None  # 0-dim float64, from the first update on
         self._value: Any = None  # 0-dim float64, while an update runs
         self._skip: Tensor | None = None
@@ -34,11 +36,12 @@ class DeviceRate:
         self.can_skip = option == "fused"
         if option is None:
             return
+        self._optimizer._warned_capturable_if_run_uncaptured = True  # torch need not tell that they can be recorded
         for group in self._optimizer.param_groups:
             group[option] = True
             group["foreach"] = None if option == "fused" else group["foreach"]  # not both
-            if "capturable" in group:  # a CUDA graph asks for it, also where the step is fused
-                group["capturable"] = all(parameter.is_cuda for parameter in group["params"])
+            if option == "fused" and "capturable" in group:  # a CUDA graph asks for it, also where the step is fused
+                group["capturable"] = self._in_graph and all(parameter.is_cuda for parameter in group["params"])
             for parameter in group["params"]:
                 state = self._optimizer.state.get(parameter, {})
                 if "step" in state:  # on the host, if another kind of step was taken before

@@ -42,6 +42,16 @@ def law_not_gaussian(distribution: Distribution) -> str | None:
     return f"{type(distribution).__name__} draws from {type(drawn_from).__name__}, not from Normal"
 
 
+def detach_last_forward(distribution: Distribution) -> None:
+    """Keeps its numbers, for logs, without autograd's nodes: those bind parameters to the stream of that pass.
+
+    A CUDA graph that is recorded later, on another stream, could not accumulate their gradients.
+    """
+    last = getattr(distribution, "_distribution", None)
+    if last is not None:
+        distribution._distribution = Normal(last.mean.detach(), last.stddev.detach(), validate_args=False)
+
+
 def std_is_parameter(distribution: Distribution) -> bool:
     """Whether the std depends on parameters only: then it is one row, the same for a whole rollout."""
     return type(distribution).update is GaussianDistribution.update

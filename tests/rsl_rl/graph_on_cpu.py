@@ -40,6 +40,20 @@ class StreamOnCpu:
         recorder.of(self).append(len(recorder.of(other)))
 
 
+class WaitsOnCpu(TorchDispatchMode):
+    """Stands in for ``captured.Waits``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITS and self.where is None:
+            self.where = name
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(TorchDispatchMode):
     """Keeps every operator with the very tensors that it got and gave."""
 
@@ -86,7 +100,7 @@ class GraphOnCpu:
     recorded: ClassVar[list[GraphOnCpu]] = []
     ahead: ClassVar[int] = 0  # the stream that a replay runs as far as it may go: the first, or the second
 
-    def __init__(self, neighbour: GraphOnCpu | None = None) -> None:
+    def __init__(self, device: torch.device, neighbour: GraphOnCpu | None = None) -> None:
         self.streams: list[list[Any]] = []
         self.num_replays = 0
         GraphOnCpu.recorded.append(self)
@@ -138,6 +152,7 @@ def use_graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[GraphOnCpu]:
     GraphOnCpu.recorded = []
     StreamOnCpu.current = StreamOnCpu()
     monkeypatch.setattr(captured, "Graph", GraphOnCpu)
+    monkeypatch.setattr(captured, "Waits", WaitsOnCpu)
     cuda = SimpleNamespace(
         is_available=lambda: True,
         is_current_stream_capturing=lambda: StreamOnCpu.recorder is not None,

@@ -5,6 +5,7 @@ Graphs are those of graph_on_cpu.py; where there is a GPU, test_on_a_gpu runs re
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyfast_ppo.rsl_rl import FusedPPO
+from pyfast_ppo.rsl_rl import FusedPPO, captured
 from pyfast_ppo.rsl_rl.fused_ppo import _NORMALIZES_IN_UPDATE
 
 sys.path.append(str(Path(__file__).parent))
@@ -237,23 +238,80 @@ class Waiting(torch.nn.Module):
         return x * 2.0 if x.sum().item() > 1e9 else x
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(
-    new_run: Callable, graphs: list[GraphOnCpu], caplog: pytest.LogCaptureFixture
+class NothingNoticed(contextlib.AbstractContextManager):
+    where = None
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_what_waits_runs_as_it_is(
+    noticed: bool,
+    new_run: Callable,
+    graphs: list[GraphOnCpu],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """It is not even tried if that was noticed before; if it is tried in vain, training goes on as well."""
+    if not noticed:
+        monkeypatch.setattr(captured, "Waits", NothingNoticed)
     runs = []
     for cuda_graph in (True, False):
         run = new_run(FUSED, **with_graph(CASES["adaptive"], cuda_graph=cuda_graph))
         run.alg.actor.mlp.append(Waiting())
         with caplog.at_level(logging.WARNING):
             runs.append(run.learn(4))
-    assert [graph.num_replays for graph in graphs] == [1, 0, 0]  # the critic's values, acting, the update
-    assert "it cannot be recorded (operation not permitted" in runs[0].alg._captured.reason
+    # returns, acting, the update
+    assert [graph.num_replays for graph in graphs] == ([1] if noticed else [1, 0, 0])
+    why = "it waits for the device, first at " if noticed else "it cannot be recorded (operation not permitted"
+    assert runs[0].alg._captured.reason.startswith(why)
     assert [r.getMessage() for r in caplog.records if "without a CUDA graph" in r.getMessage()] == [
         f"The rollout runs without a CUDA graph: {runs[0].alg._captured_rollout.reason}.",
         f"The update runs without a CUDA graph: {runs[0].alg._captured.reason}.",
     ]
     assert runs[0].distance(runs[1]) == 0.0
     assert runs[0].losses == runs[1].losses
+
+
+class WaitingOnce(Waiting):
+    """As a table that is made at the first call."""
+
+    waited = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.waited:
+            return x
+        self.waited = True
+        return super().forward(x)
+
+
+def test_what_waits_once_is_recorded(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    run = new_run(FUSED, **with_graph(CASES["fixed"]))
+    run.alg.critic.mlp.append(WaitingOnce())
+    run.learn(5)
+    assert run.alg._captured.reason is run.alg._captured_rollout.reason is None
+    assert run.alg._captured.num_records == 1
+
+
+def test_a_copy_records_its_own_graphs(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    run = new_run(FUSED, **with_graph(CASES["fixed"])).learn(3)
+    assert run.alg._captured._graphs
+    twin = copy.deepcopy(run.alg)
+    assert not twin._captured._graphs
+    assert run.alg._captured._graphs
+    assert twin._captured.num_records == 1
+
+
+def test_the_precision_of_matrix_products_in_either_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's older interface raises where the newer one was used."""
+    before = captured.matmul_precision()
+
+    def mixed() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert captured.matmul_precision() == (None, *before[1:])
 
 
 @pytest.mark.parametrize(
@@ -320,3 +378,53 @@ def test_on_a_gpu(case: dict, two_streams: bool, new_run: Callable, monkeypatch:
     assert runs[0].alg._captured_rollout.num_records == runs[0].alg.storage.num_transitions_per_env + 1
     assert runs[0].distance(runs[1]) == 0.0
     assert runs[0].losses == runs[1].losses
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("noticed", [True, False])
+def test_what_waits_on_a_gpu(noticed: bool, new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording that fails leaves stream, allocator and random numbers as they were."""
+    if not noticed:
+        monkeypatch.setattr(captured, "Waits", NothingNoticed)
+    stream = torch.cuda.current_stream()
+    runs = []
+    for cuda_graph in (True, False):
+        run = new_run(FUSED, device="cuda", args={"schedule": "adaptive", "cuda_graph": cuda_graph})
+        run.alg.actor.mlp.append(Waiting())
+        runs.append(run.learn(4))
+    assert torch.cuda.current_stream() == stream
+    assert ("it waits for the device" if noticed else "it cannot be recorded") in runs[0].alg._captured.reason
+    assert runs[0].distance(runs[1]) == 0.0
+    other = new_run(FUSED, device="cuda", args={"schedule": "adaptive", "cuda_graph": True}).learn(4)
+    assert other.alg._captured.num_records == 1
+
+
+GPU_CASES: dict[str, dict] = {
+    "mixed_precision": {"args": {"schedule": "adaptive", "use_mixed_precision": True}},
+    "final_obs": {"args": {"schedule": "adaptive"}},
+    "compiled": {"args": {"schedule": "adaptive"}},
+    "annealed": {"args": {"schedule": "fixed"}},
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_more_on_a_gpu(name: str, new_run: Callable) -> None:
+    """The bits of the update without a graph, in what users combine with it."""
+    runs = []
+    for cuda_graph in (True, False):
+        args = {**GPU_CASES[name]["args"], "cuda_graph": cuda_graph}
+        run = new_run(FUSED, device="cuda", args=args)
+        if name == "final_obs":
+            hand_out_final_obs(run)
+        if name == "compiled":
+            run.alg.compile("default")
+        for i in range(8):
+            if name == "annealed":  # the rollout replays long before the update is recorded
+                run.alg.entropy_coef = 0.01 / (1 + min(i, 4))
+            run.rollout()
+            run.alg.update()
+        runs.append(run)
+    assert runs[0].alg._captured.reason is runs[0].alg._captured_rollout.reason is None
+    assert runs[0].alg._captured.num_records == 1
+    assert runs[0].distance(runs[1]) == 0.0
