@@ -78,8 +78,9 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype = torch.fl
 
 def _find(name: str | None, device_type: str, dtype: torch.dtype) -> ModuleType:
     if name is None:
-        candidates = (_module(c) for c in PREFERENCE if unavailable_reason(c) is None)
-        return next(c for c in candidates if _fits(c, device_type, dtype) and not c.FOR_TESTS_ONLY)
+        # only those that fit are asked whether they are available: to ask one for GPUs wakes the GPU
+        fitting = ((c, m) for c in PREFERENCE if _fits(m := _module(c), device_type, dtype) and not m.FOR_TESTS_ONLY)
+        return next(module for candidate, module in fitting if unavailable_reason(candidate) is None)
     if name not in PREFERENCE:
         raise ValueError(f"backend must be one of {', '.join(map(repr, PREFERENCE))} or None, got {name!r}")
     reason = unavailable_reason(name)

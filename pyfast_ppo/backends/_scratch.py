@@ -9,10 +9,32 @@ from torch import Tensor
 class Scratch:
     """Partial sums of a launch, and the counter by which its last block knows itself: 0 between launches."""
 
-    def __init__(self, device: torch.device, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, size: int, dtype: torch.dtype, counter: Tensor | None = None) -> None:
         self.size = size
         self.partials: Tensor = torch.empty(size, dtype=dtype, device=device)
-        self.counter: Tensor = torch.zeros(1, dtype=torch.int32, device=device)
+        self.counter: Tensor = torch.zeros(1, dtype=torch.int32, device=device) if counter is None else counter
+
+
+class Counters:
+    """Counters for launches within CUDA graphs, one for each, zeroed here: else each replay would have to.
+
+    They are not given back: who destroys a graph does not tell.
+    """
+
+    NUM = 4096
+    _STEP = 4  # 16 bytes, so that kernels find each aligned as an allocation is
+
+    def __init__(self, device: torch.device) -> None:
+        self._all = torch.zeros(self.NUM * self._STEP, dtype=torch.int32, device=device)
+        self._num_taken = 0
+
+    def take(self) -> Tensor | None:
+        """Int32 [1], or None if there are no more."""
+        if self._num_taken == self.NUM:
+            return None
+        first = self._num_taken * self._STEP
+        self._num_taken += 1
+        return self._all[first : first + 1]
 
 
 class ScratchPool:
@@ -20,16 +42,22 @@ class ScratchPool:
 
     def __init__(self) -> None:
         self.kept: dict[tuple[int | None, int, torch.dtype], Scratch] = {}
+        self._counters: dict[torch.device, Counters] = {}
 
     def get(self, device: torch.device, stream: int, size: int, dtype: torch.dtype, keep: bool) -> Scratch:
         """At least ``size`` numbers. ``keep=False``: for this call alone, whatever allocates memory for it."""
         # nothing can be captured on stream 0, the default one
-        if not keep or (stream and torch.cuda.is_current_stream_capturing()):
+        if stream and torch.cuda.is_current_stream_capturing():
+            counters = self._counters.get(device)
+            return Scratch(device, size, dtype, None if counters is None else counters.take())
+        if not keep:
             return Scratch(device, size, dtype)
         key = (device.index, stream, dtype)
         scratch = self.kept.get(key)
         if scratch is None or scratch.size < size:
             scratch = self.kept[key] = Scratch(device, size, dtype)
+            if device not in self._counters:
+                self._counters[device] = Counters(device)
         return scratch
 
 

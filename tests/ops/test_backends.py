@@ -57,6 +57,17 @@ def test_select() -> None:
     assert backends.select("eager", META).name == "eager"
 
 
+def test_tensors_on_the_cpu_do_not_wake_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking a GPU backend makes a CUDA context: memory on a GPU, and no fork after it."""
+    asked = []
+    real = backends.unavailable_reason
+    monkeypatch.setattr(backends, "unavailable_reason", lambda name: asked.append(name) or real(name))
+    assert backends._find(None, "cpu", torch.float32).name == "cpu"
+    assert asked == ["cpu"]
+    backends._find(None, "meta", torch.float32)
+    assert asked == ["cpu", "eager"]
+
+
 def test_select_of_the_wrong_device() -> None:
     with pytest.raises(ValueError, match=r"^backend 'cpu' runs on cpu tensors, the arguments are on meta"):
         backends.select("cpu", META)
