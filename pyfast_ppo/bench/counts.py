@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 _GPU_LAUNCHES = (
     "cudaLaunchKernel",
@@ -21,6 +22,7 @@ _GPU_LAUNCHES = (
     "cudaGraphLaunch",
 )
 _GPU_SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+_CALL = "pyfast_ppo call"
 _CPU_SYNC = "aten::_local_scalar_dense"
 _READS_ON_THE_CPU_ONLY = ("Optimizer.step#", "aten::std")  # what they read there is no wait where there is a GPU
 
@@ -31,7 +33,7 @@ class Counts:
 
     launches: int
     syncs: int
-    peak_bytes: int
+    peak_bytes: int | None  # None: not known
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,19 @@ def _count_on_gpu(call: Callable[[], object]) -> Counts:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with silent(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with silent(), profile(activities=activities) as found, record_function(_CALL):
         call()
     peak = torch.cuda.max_memory_allocated() - before
-    names = [event.name() for event in found.profiler.kineto_results.events()]
+    names = _names_within_call(found.profiler.kineto_results.events())
     launches = sum(name in _GPU_LAUNCHES for name in names)
     return Counts(launches, sum(name in _GPU_SYNCS for name in names), peak)
+
+
+def _names_within_call(events: list) -> list[str]:
+    """Without the profiler's own wait for the device, which comes after the call."""
+    (end,) = [e.start_ns() + e.duration_ns() for e in events if e.name() == _CALL and e.device_type() == DeviceType.CPU]
+    return [e.name() for e in events if e.start_ns() <= end]
 
 
 def _count_on_cpu(call: Callable[[], object]) -> Counts:

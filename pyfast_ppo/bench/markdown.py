@@ -123,7 +123,8 @@ def _parts(document: dict) -> list[str]:
         for name, entry in row["contenders"].items():
             cells = [row["case"]["size"].replace("_", " "), _PART_NAMES[row["case"]["part"]], name]
             cells += [duration(entry["median_s"]), f"{entry['times_faster']:.2f}"]
-            table.append([*cells, *_counts(entry), f"{entry['peak_bytes'] / 1e6:.1f}"])
+            peak = f"{entry['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in entry else ""
+            table.append([*cells, *_counts(entry), peak])
     return [*_measured(document, "update", "bench_update.py"), *_table(table)]
 
 

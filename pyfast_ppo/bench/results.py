@@ -78,7 +78,7 @@ def make_row(
         row["floor"] = _entry(floor, None, moved)
     row["contenders"] = {name: _entry(t, timings.get(baseline), moved) for name, t in timings.items()}
     for name, found in (counts or {}).items():
-        row["contenders"][name] |= asdict(found)
+        row["contenders"][name] |= {key: value for key, value in asdict(found).items() if value is not None}
     return row | {"notes": notes or {}, "skipped": skipped or {}}
 
 

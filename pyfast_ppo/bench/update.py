@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,11 +19,13 @@ from pyfast_ppo.bench.counts import Counts, count
 from pyfast_ppo.bench.harness import Options, Timing, first_line
 from pyfast_ppo.bench.sizes import SIZES, Size
 from pyfast_ppo.bench.synthetic import make_runner
+from pyfast_ppo.bench.torch_only import TorchOnlyPPO
 from pyfast_ppo.rsl_rl import FusedPPO
 
 BASELINE, COMPILED, TORCH_ONLY, OURS = "rsl_rl", "rsl_rl compiled", "torch only", "FusedPPO"
 PARTS = ("act", "process_env_step", "compute_returns", "update")  # of an iteration, in their order
 ITERATION = "iteration"
+_NEEDED = (BASELINE, OURS)
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 20
 
 Around = Callable[[str, Callable[[], object]], object]  # runs a part of an iteration, and hands on what it returns
@@ -46,17 +49,26 @@ def measure(case: str, options: Options) -> list[dict]:
     torch.compiler.reset()
     runners, skipped = _runners(SIZES[case], options)
     clocks: dict[str, dict[str, Timing]] = {part: {name: Timing() for name in runners} for part in (*PARTS, ITERATION)}
-    rounds, done, names = _MAX_ROUNDS, -_warmup(options), list(runners)
+    rounds, done = _MAX_ROUNDS, -_warmup(options)
     while done < rounds:
         start = time.perf_counter()
-        for name in names if done % 2 else reversed(names):
-            seconds = _timed(runners[name], options.device)
+        for name in list(runners) if done % 2 else list(reversed(runners)):
+            try:
+                seconds = _timed(runners[name], options.device)
+            except Exception as error:
+                if name in _NEEDED:
+                    raise
+                skipped[name] = first_line(error)
+                del runners[name]
+                continue
             if done >= 0:
                 for part, taken in seconds.items():
                     clocks[part][name].seconds.append(taken)
         if done == -1:
             rounds = int(options.seconds / (time.perf_counter() - start))
             rounds = max(2 if options.quick else _MIN_ROUNDS, min(_MAX_ROUNDS, rounds))
+            skipped |= {name: reason for name, runner in runners.items() if (reason := why_no_graph(runner.alg))}
+            runners = {name: runner for name, runner in runners.items() if name not in skipped}
         done += 1
     counts = {name: _counted(runner, options.device) for name, runner in runners.items()}
     return [
@@ -64,12 +76,23 @@ def measure(case: str, options: Options) -> list[dict]:
             {"size": case, "part": part},
             BASELINE,
             [name for name in runners if name.startswith(OURS)],
-            timings,
+            {name: timings[name] for name in runners},
             counts={name: found[part] for name, found in counts.items() if part in found},
             skipped=skipped,
         )
         for part, timings in clocks.items()
     ]
+
+
+def why_no_graph(alg: object) -> str | None:
+    """Why it does not run as CUDA graphs although it was asked to."""
+    if not isinstance(alg, FusedPPO) or alg._captured is None:
+        return None
+    if alg._captured_rollout is None or alg._captured.reason or alg._captured_rollout.reason:
+        rollout = alg._captured_rollout and alg._captured_rollout.reason
+        return f"without a CUDA graph: {alg._captured.reason or rollout}"
+    recorded = alg._captured.num_records and alg._captured_rollout.num_records
+    return None if recorded else "its CUDA graphs were not recorded in the warm-up"
 
 
 def _warmup(options: Options) -> int:
@@ -97,7 +120,7 @@ def _runners(size: Size, options: Options) -> tuple[dict[str, OnPolicyRunner], d
             runner = make_runner(size, options.device, algorithm, mode, **arguments)
             iterate(runner, lambda part, work: work())
         except Exception as error:
-            if name in (BASELINE, OURS):
+            if name in _NEEDED:
                 raise
             skipped[name] = first_line(error)
         else:
@@ -139,17 +162,20 @@ def _timed(runner: OnPolicyRunner, device: str) -> dict[str, float]:
 def _counted(runner: OnPolicyRunner, device: str) -> dict[str, Counts]:
     """Launches and syncs of each part, summed over its calls, and the most memory that one of them held."""
     counts: dict[str, Counts] = {}
+    has_graphs = isinstance(runner.alg, TorchOnlyPPO) or getattr(runner.alg, "_captured", None) is not None
+    replays = device == "cuda" and has_graphs
 
     def around(part: str, work: Callable[[], object]) -> object:
         if part not in ("compute_returns", "update") and part in counts:
             return work()  # each step of a rollout is as the first
         out = []
-        counts[part] = count(lambda: out.append(work()), device)
+        found = count(lambda: out.append(work()), device)
+        counts[part] = replace(found, peak_bytes=None) if replays else found
         return out[0]
 
     iterate(runner, around)
     steps = runner.alg.storage.num_transitions_per_env
     for part in ("act", "process_env_step"):
         found = counts[part]
-        counts[part] = Counts(found.launches * steps, found.syncs * steps, found.peak_bytes)
+        counts[part] = replace(found, launches=found.launches * steps, syncs=found.syncs * steps)
     return counts

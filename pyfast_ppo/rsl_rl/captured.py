@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from pyfast_ppo.rsl_rl.graph import Graph
+from pyfast_ppo.cuda_graph import Graph
 
 logger = logging.getLogger(__name__)
 

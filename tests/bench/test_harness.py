@@ -6,8 +6,9 @@ import time
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from pyfast_ppo.bench import harness
+from pyfast_ppo.bench import counts, harness
 from pyfast_ppo.bench.counts import Counts, count
 from pyfast_ppo.bench.harness import Contender, Options, Timing, able, interleave
 
@@ -54,10 +55,9 @@ def test_turns_on_a_gpu(monkeypatch):
         def elapsed_time(self, end) -> float:
             return 1e3 * (end.at - self.at)
 
-    class Graph:
-        def replay(self) -> None:
-            replays.append(now[0])
-            now[0] += 3e-3
+    def replay() -> None:
+        replays.append(now[0])
+        now[0] += 3e-3
 
     def eager(i: int) -> None:
         calls.append(i)
@@ -65,7 +65,7 @@ def test_turns_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(harness, "captured", lambda call, num_calls: Graph())
+    monkeypatch.setattr(harness, "captured", lambda call, num_calls: replay)
     contenders = {"eager": Contender(eager), "captured": Contender(lambda i: None, captured=True)}
     timings = interleave(contenders, 3, Options("cuda", seconds=1e-9))
     assert calls[:6] == [0, 1, 2, 0, 1, 2]
@@ -110,6 +110,25 @@ def test_counts_of_operations_reads_and_memory(capfd):
     assert 8000 <= found.peak_bytes < 9000  # the second product is made while the first sum is still there
     assert count(lambda: None, "cpu") == Counts(0, 0, 0)
     assert capfd.readouterr().err == ""  # the profiler writes there, past Python
+
+
+def test_the_profilers_own_wait_is_not_counted():
+    """It synchronizes the device before it stops."""
+
+    class Event:
+        def __init__(self, name: str, start: int, duration: int, device: DeviceType = DeviceType.CPU) -> None:
+            self.name, self.device_type = lambda: name, lambda: device
+            self.start_ns, self.duration_ns = lambda: start, lambda: duration
+
+    events = [
+        Event("cudaLaunchKernel", 12, 1),
+        Event("cudaStreamSynchronize", 15, 3),
+        Event("pyfast_ppo call", 10, 10),
+        Event("pyfast_ppo call", 13, 30, DeviceType.CUDA),  # as the GPU saw it
+        Event("cudaDeviceSynchronize", 25, 5),
+    ]
+    assert counts._names_within_call(events)[:2] == ["cudaLaunchKernel", "cudaStreamSynchronize"]
+    assert "cudaDeviceSynchronize" not in counts._names_within_call(events)
 
 
 def test_reads_that_only_the_cpu_makes_are_not_counted():

@@ -13,10 +13,13 @@ from pyfast_ppo.bench import gae, kl, loss, profile, results, rivals, stock, syn
 from pyfast_ppo.bench import operations as ops
 from pyfast_ppo.bench.harness import Options
 from pyfast_ppo.bench.sizes import SIZES, Size
+from pyfast_ppo.bench.torch_only import TorchOnlyPPO
+from pyfast_ppo.rsl_rl.captured import Captured
 
 OPTIONS = Options(seconds=1e-9)
 SMALL = Size(64, 8, 4, 2, (16, 16))
 TORCH_ONLY = "pyfast_ppo.bench.torch_only:TorchOnlyPPO"
+FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +105,38 @@ def test_update(monkeypatch, no_compiler):
     assert stock_update["syncs"] >= 20 * 4  # three losses and a branch on the KL in each mini-batch
     assert fused_update["syncs"] == 0
     assert "launches" not in parts["iteration"]["rsl_rl"]
+
+
+def test_a_contender_that_fails_later_is_left_out(monkeypatch, eager_compiler):
+    """In its third iteration, say, where a graph would be recorded; the others are measured."""
+    real, calls = update._timed, []
+
+    def fail(runner, device):
+        if isinstance(runner.alg, TorchOnlyPPO):
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("no graph\nand more")
+        return real(runner, device)
+
+    monkeypatch.setattr(update, "_timed", fail)
+    monkeypatch.setitem(update.SIZES, "small", SMALL)
+    for row in update.measure("small", OPTIONS):
+        assert set(row["contenders"]) == {"rsl_rl", "rsl_rl compiled", "FusedPPO"}
+        assert row["skipped"] == {"torch only": "RuntimeError: no graph"}
+
+
+def test_a_graph_that_is_none_is_not_shown_as_one():
+    """What could not be recorded runs as it is, and must not be timed under the other name."""
+    runner = synthetic.make_runner(SMALL, "cpu", FUSED, cuda_graph=True)
+    assert update.why_no_graph(runner.alg) == "without a CUDA graph: the device is cpu"
+    assert update.why_no_graph(synthetic.make_runner(SMALL, "cpu", FUSED).alg) is None
+    runner.alg._captured = Captured("The update", "cuda")
+    runner.alg._captured_rollout = Captured("The rollout", "cuda")
+    assert update.why_no_graph(runner.alg) == "its CUDA graphs were not recorded in the warm-up"
+    runner.alg._captured.num_records = runner.alg._captured_rollout.num_records = 1
+    assert update.why_no_graph(runner.alg) is None
+    runner.alg._captured_rollout.reason = "it waits"
+    assert update.why_no_graph(runner.alg) == "without a CUDA graph: it waits"
 
 
 def test_profile(monkeypatch):

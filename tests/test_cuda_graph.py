@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from pyfast_ppo.rsl_rl import captured, graph
+from pyfast_ppo import cuda_graph
+from pyfast_ppo.rsl_rl import captured
 
 DEVICE = torch.device("cuda", 1)
 
@@ -53,7 +54,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Cuda, "log", [])
     monkeypatch.setattr(Cuda, "fails", False)
     monkeypatch.setattr(Cuda, "sync_debug_mode", 0)
-    graph._stream_to_record.cache_clear()
+    cuda_graph._stream_to_record.cache_clear()
     modes = {"default": 0, "warn": 1}
     for name, stand_in in {
         "CUDAGraph": FakeGraph,
@@ -70,16 +71,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: Cuda.log.append(pool), raising=False)
     yield
-    graph._stream_to_record.cache_clear()
+    cuda_graph._stream_to_record.cache_clear()
 
 
 def test_a_recording_on_the_device_of_the_work() -> None:
     """Which need not be the current one."""
     collecting = []
-    first = graph.Graph(DEVICE)
+    first = cuda_graph.Graph(DEVICE)
     with torch.inference_mode():  # the work's, but not the recording's
         assert first.record(lambda: (collecting.append(gc.isenabled()), torch.is_inference_mode_enabled())[1])
-    second = graph.Graph(DEVICE, first)
+    second = cuda_graph.Graph(DEVICE, first)
     second.record(lambda: None)
     second.replay()
     recorded = [("begin", "pool", "thread_local"), "end"]
