@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests on the device, compute-sanitizer, benchmarks.
 #   bash bench/on_gpu.sh [NAME]                   results in bench/results/NAME (the GPU's name), logs beside the JSON files
-#   WHEELS=folder bash bench/on_gpu.sh            installs the wheels in it first: rsl-rl-lib, tensordict, hypothesis …
-# Runs on where a step fails, and says at the end which did. torch, triton and pytest must be there.
+#   STEPS="build tests" bash bench/on_gpu.sh      some of the steps, in their order below: where time comes in pieces
+#   WHEELS=folder bash bench/on_gpu.sh            installs the wheels in it first, where there is no network: rsl-rl-lib,
+#                                                 tensordict, pyvers, GitPython, gitdb, smmap; with pytest-xdist tests run
+#                                                 side by side
+# Runs on where a step fails, and says at the end which did. torch, triton, pytest and hypothesis must be there.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,28 +17,39 @@ failed=()
 step() {  # name, seconds at most, command
   local name=$1 limit=$2
   shift 2
+  [[ -z "${STEPS:-}" || " $STEPS " == *" $name "* ]] || return 0
   printf '\n=== %s (%d s)\n' "$name" "$SECONDS"
-  timeout "$limit" "$@" 2>&1 | tee "$results/$name.log" | tail -n 40
+  # interrupted as by Ctrl-C: what was measured until then is written
+  timeout -s INT -k 20 "$limit" "$@" 2>&1 | tee "$results/$name.log" | tail -n 40
   local status=${PIPESTATUS[0]}
   [ "$status" -eq 0 ] || failed+=("$name (exit $status)")
 }
 
 export TRITON_DEFAULT_FP_FUSION=1 PYFAST_PPO_CUDA=on PYFAST_PPO_CUDA_ARCHS=${PYFAST_PPO_CUDA_ARCHS:-native}
+export GIT_PYTHON_REFRESH=quiet  # rsl_rl imports GitPython, which else wants a git program
 [ -z "${WHEELS:-}" ] || step wheels 120 python3 -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
 step build 300 python3 -m pip install -q --no-build-isolation --no-deps .
+export PYTHONPATH=$PWD  # the checkout's modules, whose commit goes into the results, with the extension just built
+parallel=()
+! python3 -c 'import xdist' 2>/dev/null || parallel=(-n 8)
+
 step doctor 60 python3 -m pyfast_ppo doctor
-step tests 400 python3 -m pytest -q --maxfail=20 tests/ops tests/triton_kernels -k "triton or cuda"
-step update-tests 240 python3 -m pytest -q tests/rsl_rl/test_no_host_sync.py tests/rsl_rl/test_captured.py
+step update-tests 300 python3 -m pytest -q "${parallel[@]}" tests/rsl_rl/test_no_host_sync.py tests/rsl_rl/test_captured.py
+# tests/triton_kernels/test_compiled.py looks at machine code: it takes long, and no GPU
+step tests 580 python3 -m pytest -q "${parallel[@]}" --maxfail=20 tests/ops tests/triton_kernels/test_math.py -k "triton or cuda"
+step kernels 200 python3 bench/kernels_once.py  # fills Triton's cache for what follows, too
 for tool in memcheck racecheck initcheck; do
-  step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
+  # without torch's cache of memory, in which neighbours hide what goes astray
+  step "sanitizer-$tool" 300 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
 done
 step loss 420 python3 bench/bench_loss.py --device cuda --seconds 3 --save "$name"
+step gae 180 python3 bench/bench_gae.py --device cuda --seconds 3 --save "$name"
 step launch 60 python3 bench/bench_launch.py --device cuda --save "$name"
-step kl 60 python3 bench/bench_kl.py --device cuda --save "$name"
-step update 400 python3 bench/bench_update.py --device cuda --save "$name"
+step kl 180 python3 bench/bench_kl.py --device cuda --seconds 3 --save "$name"
 step timeline 60 python3 bench/bench_timeline.py --device cuda --save "$name"
+step update 580 python3 bench/bench_update.py --device cuda --save "$name"
 step profile 200 python3 bench/bench_profile.py --device cuda --save "$name"
-step gae 120 python3 bench/bench_gae.py --device cuda --save "$name"
 
 printf '\n=== done (%d s): %s\n' "$SECONDS" "$results"
 if [ "${#failed[@]}" -gt 0 ]; then
