@@ -49,13 +49,17 @@ class FakeGraph:
         Cuda.log.append("replay")
 
 
+def set_sync_debug_mode(mode: str) -> None:
+    warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
+    Cuda.sync_debug_mode = {"default": 0, "warn": 1}[mode]
+
+
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Cuda, "log", [])
     monkeypatch.setattr(Cuda, "fails", False)
     monkeypatch.setattr(Cuda, "sync_debug_mode", 0)
     cuda_graph._stream_to_record.cache_clear()
-    modes = {"default": 0, "warn": 1}
     for name, stand_in in {
         "CUDAGraph": FakeGraph,
         "Stream": lambda device: f"stream of {device}",
@@ -66,7 +70,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "empty_cache": lambda: Cuda.log.append("empty_cache"),
         "graph_pool_handle": lambda: "pool",
         "get_sync_debug_mode": lambda: Cuda.sync_debug_mode,
-        "set_sync_debug_mode": lambda mode: setattr(Cuda, "sync_debug_mode", modes[mode]),
+        "set_sync_debug_mode": set_sync_debug_mode,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: Cuda.log.append(pool), raising=False)

@@ -226,6 +226,8 @@ def ppo_loss_and_grad(
     The gradients have the shapes and dtypes of ``mean``, ``std`` and ``values``, ready for
     ``torch.autograd.backward([mean, std, values], grads)``. For a std that is an expanded view of one row, that row's
     gradient comes in equal parts for each of the N rows, so that what it was expanded from sums up to it.
+
+    It can be part of a CUDA graph; call it once before the capture, so that kernels are loaded by then.
     """
     call = _prepare(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,

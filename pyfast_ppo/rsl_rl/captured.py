@@ -27,20 +27,20 @@ class Waits:
         self._around = contextlib.ExitStack()
 
     def __enter__(self) -> Waits:
+        self._caught: Any = self._around.enter_context(warnings.catch_warnings(record=True))  # a list
+        warnings.simplefilter("always")
         if torch.cuda.get_sync_debug_mode() == 0:
             torch.cuda.set_sync_debug_mode("warn")
             self._around.callback(torch.cuda.set_sync_debug_mode, "default")
-        self._caught: Any = self._around.enter_context(warnings.catch_warnings(record=True))  # a list
-        warnings.simplefilter("always")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._around.close()
         for w in self._caught:
-            if "called a synchronizing CUDA operation" not in str(w.message):
+            if "called a synchronizing CUDA operation" in str(w.message):
+                self.where = self.where or f"{w.filename}:{w.lineno}"
+            elif "Synchronization debug mode" not in str(w.message):  # that it does not notice everything
                 warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
-            elif self.where is None:
-                self.where = f"{w.filename}:{w.lineno}"
 
 
 class Captured(Generic[Result]):
