@@ -209,6 +209,7 @@ def gae(
     time_outs: Tensor | None,  # [T, E]
     final_values: Tensor | None,  # [T, E]
     normalize: bool,
+    out: tuple[Tensor, Tensor] | None = None,  # where they are written: [T, E] each, contiguous, of the right dtype
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016): (advantages, returns), each [T, E]."""
     dtype = arithmetic_dtype(rewards, values, last_values, final_values)
@@ -228,4 +229,6 @@ def gae(
     returns = advantages + values
     if normalize:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    return advantages, returns
+    if out is None:
+        return advantages, returns
+    return out[0].copy_(advantages), out[1].copy_(returns)

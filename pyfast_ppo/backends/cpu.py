@@ -73,11 +73,11 @@ def gae(
     time_outs: Tensor | None,  # [T, E]
     final_values: Tensor | None,  # [T, E]
     normalize: bool,
+    out: tuple[Tensor, Tensor] | None = None,  # where they are written: [T, E] each, contiguous, of the right dtype
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns), each [T, E]."""
     dtype = arithmetic_dtype(rewards, values, last_values, final_values)
-    advantages = torch.empty(rewards.shape, dtype=dtype)
-    returns = torch.empty(rewards.shape, dtype=dtype)
+    advantages, returns = out or (torch.empty(rewards.shape, dtype=dtype) for _ in range(2))
     _C.gae(
         tuple(rewards.shape),
         (rewards, values, dones, last_values, time_outs, final_values),

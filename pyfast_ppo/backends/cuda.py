@@ -121,11 +121,11 @@ def gae(
     time_outs: Tensor | None,  # [T, E]
     final_values: Tensor | None,  # [T, E]
     normalize: bool,
+    out: tuple[Tensor, Tensor] | None = None,  # where they are written: [T, E] each, contiguous, of the right dtype
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns), each [T, E]."""
     dtype = arithmetic_dtype(rewards, values, last_values, final_values)
-    advantages = torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
-    returns = torch.empty_like(advantages)
+    advantages, returns = out or (torch.empty(rewards.shape, dtype=dtype, device=rewards.device) for _ in range(2))
     num_moments = _cuda.gae_moments(rewards.shape[1]) if normalize else 0
     moments = torch.empty(num_moments, dtype=dtype, device=rewards.device)
     _launch(

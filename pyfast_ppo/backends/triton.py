@@ -189,14 +189,15 @@ def gae(
     time_outs: Tensor | None,  # [T, E]
     final_values: Tensor | None,  # [T, E]
     normalize: bool,
+    out: tuple[Tensor, Tensor] | None = None,  # where they are written: [T, E] each, contiguous, of the right dtype
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns), each [T, E]."""
     kernels = _kernels("gae")
     num_steps, num_envs = rewards.shape
     programs = -(-num_envs // kernels.BLOCK_E)
-    advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
-    returns = torch.empty_like(advantages)
-    moments = torch.empty(3 * programs if normalize else 1, dtype=torch.float32, device=rewards.device)
+    dtype = torch.float32
+    advantages, returns = out or (torch.empty(rewards.shape, dtype=dtype, device=rewards.device) for _ in range(2))
+    moments = torch.empty(3 * programs if normalize else 1, dtype=dtype, device=rewards.device)
     absent = [rewards if t is None else t for t in (time_outs, final_values)]
     with torch.cuda.device_of(rewards):
         kernels.gae_kernel[(programs,)](

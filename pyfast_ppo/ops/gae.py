@@ -20,6 +20,7 @@ def gae(
     time_outs: Tensor | None = None,
     final_values: Tensor | None = None,
     normalize: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns of T steps in E environments (Schulman et al. 2016; time-outs as in Pardo et al. 2018).
@@ -40,6 +41,8 @@ def gae(
             it a time-out bootstraps from V(s_t), as rsl_rl does.
         normalize: Also bring the advantages to mean 0 and unbiased standard deviation 1, as rsl_rl does:
             (A - mean) / (std + 1e-8).
+        out: Where (advantages, returns) are written: contiguous tensors, shaped as ``rewards``, float64 if any argument
+            is, else float32, in memory that no argument shares. None: new ones.
         backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
 
     Returns:
@@ -47,7 +50,7 @@ def gae(
         carry no gradients.
 
     Raises:
-        ValueError: A shape, device or backend that does not fit; T = 0; E = 0.
+        ValueError: A shape, device or backend that does not fit; T = 0; E = 0; ``out`` that is not contiguous.
         TypeError: A tensor of the wrong type.
         RuntimeError: The backend is not available.
     """
@@ -73,13 +76,30 @@ def gae(
         None if final_values is None else _floats("final_values", final_values, steps_by_envs, device),
         bool(normalize),
     )
+    dtype = reference.arithmetic_dtype(rewards, values, last, final_values)
+    places = None if out is None else _places(out, steps_by_envs, dtype, device)
     if torch.compiler.is_compiling():
         with torch.no_grad():  # the compiler sees the formula itself, and fuses it
-            advantages, returns = reference.gae(*args)
+            advantages, returns = reference.gae(*args, places)
     else:
-        dtype = reference.arithmetic_dtype(rewards, values, last, final_values)
-        advantages, returns = backends.select(backend, device, dtype).gae(*args)
-    return advantages.view(shape), returns.view(shape)
+        advantages, returns = backends.select(backend, device, dtype).gae(*args, places)
+    return out if out is not None else (advantages.view(shape), returns.view(shape))
+
+
+def _places(
+    out: tuple[Tensor, Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError("out must be a tuple of two tensors, for the advantages and the returns")
+    places = []
+    for name, t in zip(("out[0]", "out[1]"), out, strict=True):
+        place = _floats(name, t, shape, device)
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, as what is computed, got {t.dtype}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous; pass other memory and copy from it")
+        places.append(place)
+    return places[0], places[1]
 
 
 def _floats(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:

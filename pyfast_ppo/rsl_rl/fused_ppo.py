@@ -325,7 +325,7 @@ class FusedPPO(PPO):
         time_outs, final_values = self._final_values.collect()
         normalize = not self.normalize_advantage_per_mini_batch
         over_ranks = self.global_advantage_statistics and self._world_size > 1
-        advantages, returns = gae(
+        gae(
             st.rewards,
             st.values,
             st.dones,
@@ -335,12 +335,11 @@ class FusedPPO(PPO):
             time_outs=time_outs,
             final_values=final_values,
             normalize=normalize and not over_ranks,
+            out=(st.advantages, st.returns),
             backend=self.backend,
         )
-        st.returns.copy_(returns)
         if normalize and over_ranks:
-            advantages = standardized_over_ranks(advantages, self._world_size)
-        st.advantages.copy_(advantages)
+            st.advantages.copy_(standardized_over_ranks(st.advantages, self._world_size))
 
     def _reason_rollout_not_captured(self) -> str | None:
         """Why acting and returns cannot be CUDA graphs, as far as it can be told before it is tried."""

@@ -50,7 +50,7 @@ def call(
     backend: str | None = None,
     gamma: float = GAMMA,
     lam: float = LAM,
-    **options: bool,
+    **options: object,
 ) -> tuple[Tensor, Tensor]:
     positional = [rollout[name] for name in ("rewards", "values", "dones", "last_values")]
     keywords = {name: rollout.get(name) for name in ("time_outs", "final_values")}
@@ -342,6 +342,46 @@ def test_world_that_ends_at_its_limit(backend: str, device: str, time_out: int, 
 
 
 # --- PyTorch, threads -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shape", [(7, 33), (7, 33, 1)])
+def test_out(backend: str, device: str, shape: tuple[int, ...], normalize: bool) -> None:
+    """The same bits, in the memory that was given."""
+    rollout = make_rollout(7, 33, time_outs=True, final_values=True, device=device)
+    wanted = call(rollout, backend, normalize=normalize)
+    shaped = {name: t if name == "last_values" else t.view(shape) for name, t in rollout.items()}
+    out = torch.full(shape, torch.nan, device=device), torch.full(shape, torch.nan, device=device)
+    found = call(shaped, backend, normalize=normalize, out=out)
+    assert found[0] is out[0]
+    assert found[1] is out[1]
+    assert torch.equal(out[0].view(7, 33), wanted[0])
+    assert torch.equal(out[1].view(7, 33), wanted[1])
+
+
+def test_out_of_float64(backend: str, device: str) -> None:
+    if backend not in IN_FLOAT64:
+        pytest.skip("float32 only")
+    rollout = {name: t if t is None or t.dtype == torch.bool else t.double() for name, t in make_rollout(3, 4).items()}
+    out = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+    call(rollout, backend, out=out)
+    assert all(map(torch.equal, out, call(rollout, backend)))
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (torch.zeros(3, 4), TypeError, "out must be a tuple of two tensors"),
+        ((torch.zeros(3, 4), None), TypeError, r"out\[1\] must be a tensor"),
+        ((torch.zeros(3, 4), torch.zeros(4, 3)), ValueError, r"out\[1\] must have the shape \[3, 4\]"),
+        ((torch.zeros(4, 3).T, torch.zeros(3, 4)), ValueError, r"out\[0\] must be contiguous"),
+        ((torch.zeros(3, 4).double(), torch.zeros(3, 4)), TypeError, r"out\[0\] must be torch.float32"),
+        ((torch.zeros(3, 4, device="meta"), torch.zeros(3, 4)), ValueError, r"out\[0\] is on meta"),
+    ],
+)
+def test_out_that_does_not_fit(out: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(make_rollout(3, 4), out=out)
 
 
 def test_no_gradients(backend: str, device: str) -> None:
