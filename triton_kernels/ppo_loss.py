@@ -26,7 +26,7 @@ from .math import (
 LOSS, SURROGATE, VALUE_LOSS, ENTROPY, KL = (tl.constexpr(i) for i in range(5))
 APPROX_KL, CLIP_FRACTION, MAX_RATIO, NONFINITE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 NUM_METRICS = tl.constexpr(9)
-NUM_SUMS = tl.constexpr(16)  # rows of ``partials`` before those of the std's columns: the next power of two
+NUM_SUMS = tl.constexpr(16)  # places in a row of ``partials`` before the std's columns: the next power of two
 
 
 def block_shape(num_actions: int) -> dict[str, int]:
@@ -103,7 +103,7 @@ def _coefficient(pointer, number, given_as_tensor, which: tl.constexpr):
     return tl.load(pointer, mask=(given_as_tensor & (1 << which)) != 0, other=0.0).to(tl.float32) + number
 
 
-@triton.jit(do_not_specialize=["coefficient_tensors", "num_rows", "num_original", "max_programs"])
+@triton.jit(do_not_specialize=["coefficient_tensors", "num_rows", "num_original"])
 def ppo_loss_kernel(
     mean_ptr,  # [N, A]
     std_ptr,  # [A] or [N, A]
@@ -128,11 +128,10 @@ def ppo_loss_kernel(
     grad_mean_ptr,  # [N, A]
     grad_std_ptr,  # as std, contiguous
     grad_values_ptr,  # [N]
-    partials_ptr,  # [NUM_SUMS + A, max_programs]
+    partials_ptr,  # [programs, NUM_SUMS + BLOCK_A]
     counter_ptr,  # programs that are done: 0 before and after
     num_rows,
     num_original,
-    max_programs,
     A: tl.constexpr,
     MEAN_STRIDE: tl.constexpr,  # elements from row to row; constants, so that the width of loads is known
     STD_STRIDE: tl.constexpr,  # 0: one row for all
@@ -283,40 +282,55 @@ def ppo_loss_kernel(
     table += _as_column(outside_sum, CLIP_FRACTION) + _as_column(nonfinite_sum, NONFINITE)
     which = tl.arange(0, NUM_SUMS)
     sums = tl.where(which == MAX_RATIO, tl.max(max_ratio, 0), tl.sum(table, 0))
-    tl.store(partials_ptr + which * max_programs + program, sums)
+    row = partials_ptr + program * (NUM_SUMS + BLOCK_A)
+    tl.store(row + which, sums)
     if STD_STRIDE == 0:
-        columns = partials_ptr + (NUM_SUMS + cols) * max_programs
-        tl.store(columns + program, tl.sum(d_log_std_sum, 0), mask=col_mask)
+        tl.store(row + NUM_SUMS + cols, tl.sum(d_log_std_sum, 0))
 
     # --- the last program adds up those of all
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_programs - 1:
         tl.store(counter_ptr, 0)
         _finish(
-            std_ptr, metrics_ptr, grad_std_ptr, partials_ptr, sum_log_std, value_loss_coef, entropy_coef, kl_coef,
-            num_rows, num_original, num_programs, max_programs, A, STD_STRIDE == 0, BLOCK_A,
+            std_ptr, metrics_ptr, grad_std_ptr, partials_ptr, sum_log_std,
+            value_loss_coef, entropy_coef, kl_coef, num_rows, num_original, num_programs, A, STD_STRIDE == 0, BLOCK_A,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    std_ptr, metrics_ptr, grad_std_ptr, partials_ptr, sum_log_std, value_loss_coef, entropy_coef, kl_coef,
-    num_rows, num_original, num_programs, max_programs,
+    std_ptr, metrics_ptr, grad_std_ptr, partials_ptr, sum_log_std,
+    value_loss_coef, entropy_coef, kl_coef, num_rows, num_original, num_programs,
     A: tl.constexpr, SHARED_STD: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """Metrics and the gradient of a shared std from the sums of all programs, in float64."""
-    BLOCK_P: tl.constexpr = 128
-    which = tl.arange(0, NUM_SUMS)
-    programs = tl.arange(0, BLOCK_P)[None, :]
-    table = tl.zeros([NUM_SUMS, BLOCK_P], tl.float64)
-    for start in range(0, num_programs, BLOCK_P):
-        # .cg: past the first-level cache, which does not see what other multiprocessors wrote
-        at = partials_ptr + which[:, None] * max_programs + start + programs
-        part = tl.load(at, mask=start + programs < num_programs, other=0.0, cache_modifier=".cg").to(tl.float64)
-        table = tl.where((which == MAX_RATIO)[:, None], tl.maximum(table, part), table + part)
-    sums = tl.where(which == MAX_RATIO, tl.max(table, 1), tl.sum(table, 1))
+    """Metrics and the gradient of a shared std from the sums of all programs.
+
+    Nothing else runs meanwhile, so that two tiles of rows are on their way at once. Programs add in a tree of float32,
+    as each did with its rows; what follows is one number per sum, in float64.
+    """
+    BLOCK_P: tl.constexpr = 128 if BLOCK_A <= 32 else (4096 // BLOCK_A if BLOCK_A <= 4096 else 1)
+    which, cols = tl.arange(0, NUM_SUMS), tl.arange(0, BLOCK_A)
+    table = tl.zeros([BLOCK_P, NUM_SUMS], tl.float32)
+    max_ratio = tl.zeros([BLOCK_P], tl.float32)
+    if SHARED_STD:
+        std = tl.load(std_ptr + cols, mask=cols < A, other=1.0).to(tl.float32)
+        d_log_std = tl.zeros([BLOCK_P, BLOCK_A], tl.float32)
+    for start in range(0, num_programs, 2 * BLOCK_P):
+        for half in tl.static_range(2):
+            programs = start + half * BLOCK_P + tl.arange(0, BLOCK_P)
+            exists = programs < num_programs
+            rows = partials_ptr + programs * (NUM_SUMS + BLOCK_A)
+            # .cg: past the first-level cache, which does not see what other multiprocessors wrote
+            table += tl.load(rows[:, None] + which[None, :], mask=exists[:, None], other=0.0, cache_modifier=".cg")
+            ratio = tl.load(rows + MAX_RATIO, mask=exists, other=0.0, cache_modifier=".cg")
+            max_ratio = tl.maximum(max_ratio, ratio)
+            if SHARED_STD:
+                at = rows[:, None] + NUM_SUMS + cols[None, :]
+                d_log_std += tl.load(at, mask=exists[:, None], other=0.0, cache_modifier=".cg")
+    sums = tl.where(which == MAX_RATIO, tl.max(max_ratio, 0), tl.sum(table, 0)).to(tl.float64)
     of_original = (which == ENTROPY) | (which == KL)
-    metrics = sums / tl.where(which >= MAX_RATIO, 1.0, tl.where(of_original, num_original, num_rows).to(tl.float64))
+    of_each_row = tl.where(of_original, 1.0 / num_original.to(tl.float64), 1.0 / num_rows.to(tl.float64))
+    metrics = sums * tl.where(which >= MAX_RATIO, 1.0, of_each_row)
     if SHARED_STD:
         metrics = tl.where(which == ENTROPY, sum_log_std, metrics)
     metrics += tl.where(which == ENTROPY, A * HALF_LOG_2PI_E, 0.0)
@@ -326,17 +340,6 @@ def _finish(
     loss = tl.sum(tl.where((which >= SURROGATE) & (which <= KL), weights * metrics, 0.0), 0)
     metrics = tl.where(which == LOSS, loss, metrics)
     tl.store(metrics_ptr + which, metrics.to(tl.float32), mask=which < NUM_METRICS)
-
     if SHARED_STD:
-        COLUMN_BLOCK_P: tl.constexpr = 2048 // BLOCK_A if BLOCK_A < 2048 else 1
-        cols = tl.arange(0, BLOCK_A)
-        column_programs = tl.arange(0, COLUMN_BLOCK_P)
-        total = tl.zeros([BLOCK_A, COLUMN_BLOCK_P], tl.float64)
-        for start in range(0, num_programs, COLUMN_BLOCK_P):
-            at = partials_ptr + (NUM_SUMS + cols[:, None]) * max_programs + start + column_programs[None, :]
-            mask = (cols[:, None] < A) & (start + column_programs[None, :] < num_programs)
-            total += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
-        std = tl.load(std_ptr + cols, mask=cols < A, other=1.0).to(tl.float64)
-        grad_std = (tl.sum(total, 1) - entropy_coef) / std
-        grad_std = grad_std.to(tl.float32).to(grad_std_ptr.dtype.element_ty)
-        tl.store(grad_std_ptr + cols, grad_std, mask=cols < A)
+        grad_std = (tl.sum(d_log_std, 0) - entropy_coef) / std
+        tl.store(grad_std_ptr + cols, grad_std.to(grad_std_ptr.dtype.element_ty), mask=cols < A)

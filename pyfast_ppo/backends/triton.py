@@ -28,7 +28,7 @@ GATHERS = False
 OLDEST = (3, 2)
 MAX_PROGRAMS = 1024
 LONGEST_STRIDE = 2**22  # within a block of rows the kernels count in 32 bits
-PROGRAMS_PER_PROCESSOR = 3  # as many as fit at once: the registers decide
+WARPS_PER_PROCESSOR = 12  # as many as fit at once: the registers decide
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
@@ -128,8 +128,9 @@ def ppo_loss(
     device = mean.device
     shape = kernels.block_shape(num_actions)
     tiles = -(-num_rows // shape["BLOCK_N"])
-    max_programs = min(MAX_PROGRAMS, PROGRAMS_PER_PROCESSOR * _num_processors(device))
-    num_partials = (kernels.NUM_SUMS.value + num_actions) * max_programs
+    programs_at_once = max(1, WARPS_PER_PROCESSOR // shape["num_warps"]) * _num_processors(device)
+    max_programs = min(MAX_PROGRAMS, programs_at_once)
+    num_partials = (kernels.NUM_SUMS.value + shape["BLOCK_A"]) * max_programs
     scratch = _scratch.get(device, current_stream(device), num_partials, dtype, keep_scratch)
     metrics = torch.empty(len(METRICS), dtype=torch.float32, device=device)
     grads = _contiguous_grad(mean), _contiguous_grad(std), _contiguous_grad(values)
@@ -159,7 +160,6 @@ def ppo_loss(
             scratch.counter,
             num_rows,
             num_original,
-            max_programs,
             A=num_actions,
             MEAN_STRIDE=mean_stride,
             STD_STRIDE=std_stride,

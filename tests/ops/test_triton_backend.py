@@ -88,7 +88,7 @@ def test_sizes_cost_no_compilation() -> None:
     )
     assert done.returncode == 0, done.stderr
     loss, gae, normalize, kl = map(set, json.loads(done.stdout))
-    assert loss == {"coefficient_tensors", "num_rows", "num_original", "max_programs"}
+    assert loss == {"coefficient_tensors", "num_rows", "num_original"}
     assert gae == {"num_steps", "num_envs"}
     assert normalize == {"num_moments", "size"}
     assert kl == {"num_rows"}

@@ -29,8 +29,7 @@ from pyfast_ppo.backends.triton import _kernels
 NETWORK = {"mean_ptr", "std_ptr", "values_ptr", "grad_mean_ptr", "grad_std_ptr", "grad_values_ptr"}
 BITS = {"U8": 8, "S8": 8, "U16": 16, "64": 64, "128": 128}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INT_ARGUMENTS = {"coefficient_tensors", "num_rows", "num_original", "max_programs", "num_steps", "num_envs"}
-INT_ARGUMENTS |= {"num_moments", "size"}
+INT_ARGUMENTS = {"coefficient_tensors", "num_rows", "num_original", "num_steps", "num_envs", "num_moments", "size"}
 
 
 def ppo_loss(num_actions: int, network: str = "fp32", std: str = "[A]", old_std: str = "[N, A]", **options: bool):
@@ -84,7 +83,10 @@ def compiled(function, constants: dict, warps: int, types: dict[str, str], capab
 
 
 def facts(kernel) -> dict:
-    """Registers, memory and the widths of global loads and stores, from the machine code."""
+    """Registers, memory and the widths of global loads and stores, from the machine code.
+
+    Loads of what other programs wrote are ``partials``: they alone go past the first-level cache.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -95,12 +97,13 @@ def facts(kernel) -> dict:
     functions = re.findall(r"Function (\w+)", usage)
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     operations = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)(?:\.\w+)*)\b", code))
-    widths = {"load": Counter(), "store": Counter()}
+    widths = {"load": Counter(), "partials": Counter(), "store": Counter()}
     for operation, count in operations.items():
         kind, *modifiers = operation.split(".")
         if kind in ("LDG", "STG"):
             bits = next((BITS[m] for m in modifiers if m in BITS), 32)
-            widths["load" if kind == "LDG" else "store"][bits] += count
+            what = "store" if kind == "STG" else "partials" if "STRONG" in modifiers else "load"
+            widths[what][bits] += count
     return {
         "kernels": len(functions),
         "registers": registers,
@@ -109,6 +112,7 @@ def facts(kernel) -> dict:
         "local": local,
         "spills": sum(n for operation, n in operations.items() if operation.startswith(("LDL", "STL"))),
         "loads": {str(k): v for k, v in sorted(widths["load"].items())},
+        "partials": {str(k): v for k, v in sorted(widths["partials"].items())},
         "stores": {str(k): v for k, v in sorted(widths["store"].items())},
     }
 
