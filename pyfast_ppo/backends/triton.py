@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,8 +43,14 @@ def unavailable_reason() -> str | None:
         return f"triton cannot be imported ({error}); run `pip install triton`"
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         return f"triton {version} is too old; run `pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'`"
-    if not INTERPRETED and not torch.cuda.is_available():
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
         return "torch finds no GPU" if torch.version.cuda else "this build of torch has no CUDA"
+    # as triton/runtime/build.py looks for one: what starts a kernel is C, built once (3.9) or per signature (3.6)
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"triton finds no C compiler ({', '.join(compilers)}), which a launch needs; install gcc or set CC"
     return None
 
 

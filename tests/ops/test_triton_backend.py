@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,7 +47,16 @@ def test_why_it_cannot_be_used(reason, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert reason("3.9.0") == "torch finds no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    there: set[str] = set()
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in there else None)
+    assert reason("3.9.0") == "triton finds no C compiler (gcc, clang), which a launch needs; install gcc or set CC"
+    there.add("clang")
     assert reason("3.10.0+git1234") is None
+    monkeypatch.setenv("CC", "icx")  # what Triton then takes, whatever else is there
+    assert reason("3.9.0") == "triton finds no C compiler (icx), which a launch needs; install gcc or set CC"
+    there.add("icx")
+    assert reason("3.9.0") is None
 
 
 needs_triton = pytest.mark.skipif("triton" not in KERNELS, reason="triton is not available")
