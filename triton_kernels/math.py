@@ -29,7 +29,8 @@ def is_finite(x):
 
 @triton.jit
 def reciprocal_or_nan(x):
-    return tl.where(is_positive_normal(x), 1.0 / x, float("nan"))
+    """1/x, rounded correctly: a plain division is off by up to two units on a GPU, too many for ``ratio_terms``."""
+    return tl.where(is_positive_normal(x), tl.div_rn(1.0, x), float("nan"))
 
 
 @triton.jit

@@ -85,6 +85,7 @@ def compiled(function, constants: dict, warps: int, types: dict[str, str], capab
 def facts(kernel) -> dict:
     """Registers, memory and the widths of global loads and stores, from the machine code.
 
+    Rough divisions are Triton's ordinary ones, which are off by up to two units in the last place.
     Loads of what other programs wrote are ``partials``: they alone go past the first-level cache.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -108,6 +109,7 @@ def facts(kernel) -> dict:
         "kernels": len(functions),
         "registers": registers,
         "shared": kernel.metadata.shared,
+        "rough_divisions": kernel.asm["ptx"].count("div.full.f32"),
         "stack": stack,
         "local": local,
         "spills": sum(n for operation, n in operations.items() if operation.startswith(("LDL", "STL"))),
