@@ -83,7 +83,7 @@ def gae_kernel(
             final_values = values
             if HAS_FINAL_VALUES:
                 at = final_values_ptr + t * final_values_stride_t + e * final_values_stride_e
-                final_values = tl.load(at, mask=mask & cut_off, other=0.0).to(tl.float32)
+                final_values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             at_end = tl.where(cut_off, final_values, 0.0)
         delta = rewards.to(tl.float32) + gamma * tl.where(dones, at_end, next_values) - values
         factor = tl.where(dones, 0.0, gamma_lam)
@@ -109,6 +109,12 @@ def gae_kernel(
         tl.store(at + 2 * tl.num_programs(0), m2)
 
 
+@triton.jit
+def _moment(moments_ptr, which: tl.constexpr, start, num_moments, BLOCK_M: tl.constexpr):
+    sets = start + tl.arange(0, BLOCK_M)
+    return tl.load(moments_ptr + which * num_moments + sets, mask=sets < num_moments, other=0.0).to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["num_moments", "size"])
 def normalize_kernel(
     advantages_ptr,  # [T, E], contiguous, changed in place
@@ -118,22 +124,21 @@ def normalize_kernel(
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """(A - mean) / (std + 1e-8) with the unbiased std; each program merges all moments, in the same order."""
-    sets = tl.arange(0, BLOCK_M)
-    count = tl.zeros([BLOCK_M], tl.float64)
-    mean = tl.zeros([BLOCK_M], tl.float64)
-    m2 = tl.zeros([BLOCK_M], tl.float64)
-    for start in range(0, num_moments, BLOCK_M):
-        mask = start + sets < num_moments
-        at = moments_ptr + start + sets
-        other_count = tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        other_mean = tl.load(at + num_moments, mask=mask, other=0.0).to(tl.float64)
-        other_m2 = tl.load(at + 2 * num_moments, mask=mask, other=0.0).to(tl.float64)
-        count, mean, m2 = _merge_moments(count, mean, m2, other_count, other_mean, other_m2)
-    count, mean, m2 = tl.reduce((count, mean, m2), 0, _merge_moments)
-    std = tl.sqrt(m2 / (count - 1.0))  # one advantage alone has no std: NaN, as in torch
+    """(A - mean) / (std + 1e-8) with the unbiased std; each program adds up all moments, in the same order."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = first + tl.arange(0, BLOCK)
     advantages = tl.load(advantages_ptr + offsets, mask=offsets < size, other=0.0)
+    total = tl.zeros([BLOCK_M], tl.float64)
+    for start in range(0, num_moments, BLOCK_M):
+        counts = _moment(moments_ptr, 0, start, num_moments, BLOCK_M)
+        total += counts * _moment(moments_ptr, 1, start, num_moments, BLOCK_M)
+    count = size.to(tl.float64)
+    mean = tl.sum(total, 0) / count
+    total = tl.zeros([BLOCK_M], tl.float64)
+    for start in range(0, num_moments, BLOCK_M):
+        counts = _moment(moments_ptr, 0, start, num_moments, BLOCK_M)
+        deviations = _moment(moments_ptr, 1, start, num_moments, BLOCK_M) - mean
+        total += _moment(moments_ptr, 2, start, num_moments, BLOCK_M) + counts * deviations * deviations
+    std = tl.sqrt(tl.sum(total, 0) / (count - 1.0))  # one advantage alone has no std: NaN, as in torch
     normalized = (advantages - mean.to(tl.float32)) / (std + 1e-8).to(tl.float32)
     tl.store(advantages_ptr + offsets, normalized, mask=offsets < size)
