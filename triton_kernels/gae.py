@@ -29,7 +29,7 @@ def _then(c_later, d_later, c, d):
 def _merge_moments(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     """(count, mean, sum of squared deviations) of two sets together (Chan et al. 1983)."""
     n = n_a + n_b
-    share = tl.where(n > 0.0, n_b / tl.where(n > 0.0, n, 1.0), 0.0)
+    share = tl.where(n > 0.0, tl.div_rn(n_b, tl.where(n > 0.0, n, 1.0)), 0.0)
     delta = mean_b - mean_a
     return n, mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share
 
@@ -96,7 +96,8 @@ def gae_kernel(
         tl.store(returns_ptr + out, advantages + values, mask=mask)
         if NORMALIZE:
             block_count = tl.sum(tl.where(mask, 1.0, 0.0), 0)
-            block_mean = tl.sum(tl.where(mask, advantages, 0.0), 0) / tl.where(block_count > 0.0, block_count, 1.0)
+            block_sum = tl.sum(tl.where(mask, advantages, 0.0), 0)
+            block_mean = tl.div_rn(block_sum, tl.where(block_count > 0.0, block_count, 1.0))
             deviation = tl.where(mask, advantages - block_mean[None, :], 0.0)
             block_m2 = tl.sum(deviation * deviation, 0)
             count, mean, m2 = _merge_moments(count, mean, m2, block_count, block_mean, block_m2)
