@@ -13,6 +13,9 @@ BLOCK_E = 32
 NUM_WARPS = 4  # 8 steps of 32 environments a thread
 NORMALIZE_BLOCK = 1024
 
+# the lanes of a warp are environments, so no alignment makes a load wider, and a slice must not cost a compilation
+_INPUTS = ["rewards_ptr", "values_ptr", "dones_ptr", "time_outs_ptr", "final_values_ptr", "last_values_ptr"]
+
 
 def block_t(num_steps: int) -> int:
     """Steps that are scanned at once; T is the same in every iteration of a training."""
@@ -34,7 +37,7 @@ def _merge_moments(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     return n, mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share
 
 
-@triton.jit(do_not_specialize=["num_steps", "num_envs"])
+@triton.jit(do_not_specialize=["num_steps", "num_envs"], do_not_specialize_on_alignment=_INPUTS)
 def gae_kernel(
     rewards_ptr,  # [T, E]; so are the next four; any strides
     values_ptr,

@@ -64,7 +64,7 @@ def log_prob_kernel(
     tl.store(out_ptr + first + rows, total, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["old_log_prob_ptr"])
 def kl_loss_kernel(
     old_log_prob_ptr, actions_ptr, mean_ptr, std_ptr, value_ptr, coefficient_ptr, num_rows,
     A: tl.constexpr, ACTIONS_STRIDE: tl.constexpr, MEAN_STRIDE: tl.constexpr, STD_STRIDE: tl.constexpr,
@@ -80,7 +80,7 @@ def kl_loss_kernel(
     tl.store(coefficient_ptr + first + rows, coefficient, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["grad_ptr"])
 def log_prob_backward_kernel(
     grad_ptr, actions_ptr, mean_ptr, std_ptr, grad_mean_ptr, grad_std_ptr, num_rows,
     A: tl.constexpr, ACTIONS_STRIDE: tl.constexpr, MEAN_STRIDE: tl.constexpr, STD_STRIDE: tl.constexpr,
@@ -106,7 +106,7 @@ def entropy_kernel(
     tl.store(out_ptr + first + rows, tl.sum(log_or_nan(std), 1) + A * HALF_LOG_2PI_E, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["grad_ptr"])
 def entropy_backward_kernel(
     grad_ptr, std_ptr, grad_std_ptr, num_rows,
     A: tl.constexpr, STD_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
@@ -134,7 +134,7 @@ def kl_kernel(
     tl.store(out_ptr + first + rows, tl.sum(value, 1), mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["grad_ptr"])
 def kl_backward_kernel(
     grad_ptr, mean_p_ptr, std_p_ptr, mean_q_ptr, std_q_ptr, grad_mean_p_ptr, grad_std_p_ptr, grad_std_q_ptr, num_rows,
     A: tl.constexpr, MEAN_P_STRIDE: tl.constexpr, STD_P_STRIDE: tl.constexpr,

@@ -103,7 +103,15 @@ def _coefficient(pointer, number, given_as_tensor, which: tl.constexpr):
     return tl.load(pointer, mask=(given_as_tensor & (1 << which)) != 0, other=0.0).to(tl.float32) + number
 
 
-@triton.jit(do_not_specialize=["coefficient_tensors", "num_rows", "num_original"])
+# may be slices, which begin anywhere: read 32 bits at a time in any case, so that must not cost a compilation
+_VECTORS = ["values_ptr", "old_log_prob_ptr", "advantages_ptr", "returns_ptr", "old_values_ptr"]
+_COEFFICIENTS = ["clip_param_ptr", "value_loss_coef_ptr", "entropy_coef_ptr", "kl_coef_ptr"]
+
+
+@triton.jit(
+    do_not_specialize=["coefficient_tensors", "num_rows", "num_original"],
+    do_not_specialize_on_alignment=_VECTORS + _COEFFICIENTS,
+)
 def ppo_loss_kernel(
     mean_ptr,  # [N, A]
     std_ptr,  # [A] or [N, A]

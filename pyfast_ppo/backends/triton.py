@@ -245,7 +245,8 @@ def gaussian_kl_loss(
     which: int, actions: Tensor, mean: Tensor, std: Tensor, old_log_prob: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(value, coefficient), each [N], of the loss ``KL_LOSSES[which]``."""
-    value, coefficient = torch.empty(2, mean.shape[0], dtype=torch.float32, device=mean.device).unbind()
+    # two tensors: the second row of one would be aligned for some N alone, which costs another compilation
+    value, coefficient = (torch.empty(mean.shape[0], dtype=torch.float32, device=mean.device) for _ in range(2))
     inputs = {"ACTIONS": actions, "MEAN": mean, "STD": std}
     _launch("kl_loss_kernel", (old_log_prob.contiguous(),), inputs, [value, coefficient], WHICH=which)
     return value, coefficient

@@ -84,21 +84,28 @@ import json
 from pyfast_ppo.backends import triton as backend
 kernels = [backend._kernels("ppo_loss").ppo_loss_kernel, backend._kernels("gae").gae_kernel]
 kernels += [backend._kernels("gae").normalize_kernel, backend._kernels("gaussian").kl_kernel]
-print(json.dumps([[p.name for p in k.params if p.do_not_specialize] for k in kernels]))
+sizes = [[p.name for p in k.params if p.do_not_specialize] for k in kernels]
+print(json.dumps(sizes + [[p.name for p in k.params if p.do_not_specialize_on_alignment] for k in kernels]))
 """
 
 
 @needs_triton
-def test_sizes_cost_no_compilation() -> None:
-    """Triton would compile anew where an integer is 1, or a multiple of 16, for the first time."""
+def test_sizes_and_slices_cost_no_compilation() -> None:
+    """Triton would compile anew where an integer is 1, or it or an address a multiple of 16, for the first time."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
         [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=120, cwd=Path.cwd()
     )
     assert done.returncode == 0, done.stderr
-    loss, gae, normalize, kl = map(set, json.loads(done.stdout))
+    names = list(map(set, json.loads(done.stdout)))
+    loss, gae, normalize, kl = names[:4]
     assert loss == {"coefficient_tensors", "num_rows", "num_original"}
     assert gae == {"num_steps", "num_envs"}
     assert normalize == {"num_moments", "size"}
     assert kl == {"num_rows"}
+    loss, gae, normalize, _ = names[4:]
+    assert {"old_log_prob_ptr", "advantages_ptr", "returns_ptr", "values_ptr", "old_values_ptr", "kl_coef_ptr"} <= loss
+    assert not {"mean_ptr", "actions_ptr", "partials_ptr"} & loss, "their loads are 128 bits wide"
+    assert {"values_ptr", "last_values_ptr"} <= gae
+    assert not normalize

@@ -73,7 +73,8 @@ def compiled(function, constants: dict, warps: int, types: dict[str, str], capab
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*" + types.get(name, "fp32")
-            attributes[(i,)] = [["tt.divisibility", 16]]  # what torch allocates
+            if not function.params[i].do_not_specialize_on_alignment:
+                attributes[(i,)] = [["tt.divisibility", 16]]  # what torch allocates
         else:
             signature[name] = "i32" if name in INT_ARGUMENTS or "_stride" in name else "fp32"
     by_place = {(function.arg_names.index(name),): value for name, value in constants.items()}
