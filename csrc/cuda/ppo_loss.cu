@@ -22,6 +22,8 @@ constexpr int kBlocksPerProcessor = 2;  // with 80 registers a thread
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kPerThread = 4;
 constexpr int kTileElements = kThreads * kPerThread;
+constexpr int kFirstSum = kLoss + 1;  // the loss is made of the other metrics
+constexpr int kInFlight = 16;         // partial sums that a thread of the last block reads at a time
 
 enum class Std {
   kShared,     // std and old_std are one row each
@@ -33,7 +35,7 @@ template <class T>
 struct Call {
   PpoLossArgs args;
   Gather gather;
-  T* partials;  // [kNumMetrics + A, blocks]
+  T* partials;  // [blocks, sums_of_block(A)], from kFirstSum on
   unsigned* counter;
   int64_t num_tiles;
   int tile_rows;
@@ -42,6 +44,9 @@ struct Call {
   T original_weight;  // 1 / num_original
 };
 
+// What a block leaves behind, if a std has one gradient for all rows.
+PYFAST_PPO_INLINE int64_t sums_of_block(int64_t num_actions) { return kNumMetrics - kFirstSum + num_actions; }
+
 template <class T>
 struct Shared {
   alignas(16) T terms[kTileElements];
@@ -49,6 +54,7 @@ struct Shared {
   int fault[kThreads];                 // of each row: its old mean or old std is at fault
   double sum_log_std, log_normalizer;  // of a shared std
   T warp_sums[kWarps][kNumMetrics];
+  double group_totals[kThreads];
   double totals[kNumMetrics];
 };
 
@@ -261,31 +267,33 @@ __device__ __forceinline__ T row_losses(const Call<T>& call, const Reader& reade
   return call.row_weight * surrogate.d_log_prob;
 }
 
-// --- the end: this block's sums, then those of all blocks
-// -------------------------------------------------------------
+// --- the end: this block's sums, then those of all blocks ------------------------------------------------------------
+
+// Two parts of sum k; of the ratio the largest counts, and NaNs are passed over.
+template <class Number>
+__device__ __forceinline__ Number joined(int k, Number a, Number b) {
+  return k == kMaxRatio ? (b > a ? b : a) : a + b;
+}
 
 template <class T>
-__device__ T& partial_of(const Call<T>& call, int sum) {
-  return call.partials[static_cast<int64_t>(sum) * gridDim.x + blockIdx.x];
+__device__ __forceinline__ T* partial_of(const Call<T>& call, int block, int sum) {
+  return call.partials + block * sums_of_block(call.args.num_actions) + (sum - kFirstSum);
 }
 
 template <class T>
 __device__ void leave_sums(const Call<T>& call, Shared<T>& shared, const T (&sums)[kNumMetrics]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
-  for (int k = kLoss + 1; k < kNumMetrics; ++k) {
+  for (int k = kFirstSum; k < kNumMetrics; ++k) {
     const T sum = k == kMaxRatio ? warp_max(sums[k]) : warp_sum(sums[k]);
     if (lane == 0) shared.warp_sums[warp][k] = sum;
   }
   __syncthreads();
-  if (threadIdx.x > kLoss && threadIdx.x < kNumMetrics) {
-    const int k = threadIdx.x;
+  const int k = kFirstSum + static_cast<int>(threadIdx.x);
+  if (k < kNumMetrics) {
     T sum = T(0);
-    for (int w = 0; w < kWarps; ++w) {
-      const T x = shared.warp_sums[w][k];
-      sum = k == kMaxRatio ? (x > sum ? x : sum) : sum + x;
-    }
-    partial_of(call, k) = sum;
+    for (int w = 0; w < kWarps; ++w) sum = joined(k, sum, shared.warp_sums[w][k]);
+    *partial_of(call, blockIdx.x, k) = sum;
   }
 }
 
@@ -299,7 +307,7 @@ __device__ void leave_columns(const Call<T>& call, Shared<T>& shared) {
     T sum = T(0);
     for (int k = i; k < elements; k += groups * A) sum += shared.terms[k];
     if (groups == 1) {
-      partial_of(call, kNumMetrics + i) = sum;
+      *partial_of(call, blockIdx.x, kNumMetrics + i) = sum;
     } else {
       shared.coefficient[i] = sum;
     }
@@ -310,41 +318,56 @@ __device__ void leave_columns(const Call<T>& call, Shared<T>& shared) {
   if (column < A) {
     T sum = T(0);
     for (int g = 0; g < groups; ++g) sum += shared.coefficient[g * A + column];
-    partial_of(call, kNumMetrics + column) = sum;
+    *partial_of(call, blockIdx.x, kNumMetrics + column) = sum;
   }
 }
 
-// Metrics and the gradient of a shared std, by one block, when all have left their sums.
+// Metrics and the gradient of a shared std, by one block, when all have left their sums. Neighbouring threads take
+// neighbouring sums of a block, and a group of threads every so many-th block; one round, unless A > 376.
 template <class T>
 __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, bool entropy_of_rows) {
   const PpoLossArgs& args = call.args;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int t = threadIdx.x, blocks = gridDim.x;
   const int num_sums = kNumMetrics + (shared_std ? static_cast<int>(args.num_actions) : 0);
-  for (int k = kLoss + 1 + warp; k < num_sums; k += kWarps) {
-    const T* partials = call.partials + static_cast<int64_t>(k) * gridDim.x;
+  const int width = min(num_sums - kFirstSum, kThreads), groups = kThreads / width, group = t / width;
+  PpoLossArgs of_means = args;  // for sums that are divided already, and with coefficients that are read already
+  of_means.num_rows = of_means.num_original = 1;
+  for (Coefficient* c : {&of_means.value_loss_coef, &of_means.entropy_coef, &of_means.kl_coef}) {
+    *c = {nullptr, DType::kFloat64, value_of(*c)};
+  }
+  const int64_t to_next = groups * sums_of_block(args.num_actions);
+  for (int first_sum = kFirstSum; first_sum < num_sums; first_sum += width) {
+    const int k = first_sum + t % width;
+    const bool inside = group < groups && k < num_sums, of_std = inside && group == 0 && k >= kNumMetrics;
+    const T std = of_std ? read<T>(args.std, 0, k - kNumMetrics) : T(1);
     double total = 0.0;
-#pragma unroll 4
-    for (int block = lane; block < static_cast<int>(gridDim.x); block += kWarp) {
-      const double x = __ldcg(partials + block);  // past the L1 cache, which does not see what other processors wrote
-      total = k == kMaxRatio ? (x > total ? x : total) : total + x;
+    const T* from = partial_of(call, group, k);
+    for (int block = group; inside && block < blocks; block += kInFlight * groups) {
+      T x[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {  // past the L1 cache, which does not see what other processors wrote
+        x[i] = block + i * groups < blocks ? __ldcg(from) : T(0);
+        from += to_next;
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) total = joined(k, total, static_cast<double>(x[i]));
     }
-    total = k == kMaxRatio ? warp_max(total) : warp_sum(total);
-    if (lane != 0) continue;
-    if (k < kNumMetrics) {
-      shared.totals[k] = total;
-    } else {
-      const int64_t j = k - kNumMetrics;
-      const double std = read<T>(args.std, 0, j);
-      write_element(args.grad_std, j, static_cast<T>((total - value_of(args.entropy_coef)) / std));
+    shared.group_totals[t] = total;
+    __syncthreads();  // none after the reading: of several rounds each is that of a single group
+    for (int g = 1; group == 0 && g < groups; ++g) total = joined(k, total, shared.group_totals[g * width + t]);
+    if (of_std) {
+      const double gradient = (total - of_means.entropy_coef.number) / static_cast<double>(std);
+      write_element(args.grad_std, k - kNumMetrics, static_cast<T>(gradient));
+    } else if (inside && group == 0) {
+      const bool of_original = k == kEntropy || k == kKl, no_mean = k == kMaxRatio || k == kNonfinite;
+      const int64_t count = of_original ? args.num_original : (no_mean ? 1 : args.num_rows);
+      shared.totals[k] = k == kEntropy && !entropy_of_rows ? shared.sum_log_std : total / static_cast<double>(count);
     }
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  if (!entropy_of_rows) shared.totals[kEntropy] = shared.sum_log_std * static_cast<double>(args.num_original);
-  double metrics[kNumMetrics];
-  finish_metrics(shared.totals, args, metrics);
-#pragma unroll
-  for (int k = 0; k < kNumMetrics; ++k) write_element(args.metrics, k, static_cast<T>(metrics[k]));
+  if (t == 0) finish_metrics(shared.totals, of_means, shared.totals);
+  __syncthreads();
+  if (t < kNumMetrics) write_element(args.metrics, t, static_cast<T>(shared.totals[t]));
 }
 
 // --- CUDA kernels ----------------------------------------------------------------------------------------------------
@@ -575,8 +598,8 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
       }
       write_element(args.grad_mean, row * A + j, grad_mean);
       if (shared_std) {
-        T& partial = partial_of(call, kNumMetrics + j);
-        partial = row == blockIdx.x ? d_log_std : partial + d_log_std;
+        T* partial = partial_of(call, blockIdx.x, kNumMetrics + j);
+        *partial = row == blockIdx.x ? d_log_std : *partial + d_log_std;
       } else {
         write_element(args.grad_std, row * A + j, (d_log_std - (original ? numbers.entropy_weight : T(0))) * inv_std);
       }
@@ -662,7 +685,7 @@ void run(const PpoLossArgs& args, const Gather& gather, const Scratch& scratch, 
 }  // namespace
 
 int64_t ppo_loss_partials(int64_t num_actions, int device) {
-  return (kNumMetrics + num_actions) * resident_blocks(device, kBlocksPerProcessor);
+  return sums_of_block(num_actions) * resident_blocks(device, kBlocksPerProcessor);
 }
 
 void ppo_loss(const PpoLossArgs& args, const Gather& gather, bool use_double, const Scratch& scratch,

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
 SOURCES = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "kernel_driver.cpp"]
 EMULATED = ["-DPYFAST_PPO_EMULATED_CUDA", f"-I{HERE / 'emulation'}", "-Wno-unknown-pragmas"]
 # It orders a block's writes before those of the blocks that come after it; in the emulation they come after it anyway.
@@ -88,3 +89,30 @@ def test_each_barrier_is_needed(plain: Path, result: str, barrier: str) -> None:
         if run(plain, *CASES, **environment).stdout != result:
             return
     pytest.fail(f"nothing changes without the barrier of {barrier}")
+
+
+AGAINST_EAGER = """
+import cuda_on_cpu
+import pyfast_ppo
+from pyfast_ppo.bench.stock import COEFFICIENTS, make_mini_batch
+from torch.testing import assert_close
+
+cuda_on_cpu.install()
+for num_rows, num_actions in [(10_300, 12), (830, 150), (430, 300), (250, 400), (90, 1600)]:
+    batch = make_mini_batch(num_rows, num_actions, num_rows % 4 == 0, 0, "cpu")
+    exact = [t.detach().double() for t in batch]
+    options = {**COEFFICIENTS, "num_original": num_rows - 7}
+    ours, grads = pyfast_ppo.ppo_loss_and_grad(*batch, **options, backend="cuda")
+    expected, expected_grads = pyfast_ppo.ppo_loss_and_grad(*exact, **options, backend="eager")
+    assert_close(ours._metrics.double(), expected._metrics, rtol=1e-4, atol=1e-6)
+    for grad, wanted in zip(grads, expected_grads):
+        assert_close(grad.double(), wanted, rtol=1e-4, atol=1e-4)
+"""
+
+
+def test_sums_of_many_blocks() -> None:
+    """One and several rounds of the last block over what 80 blocks left, by one and by several groups of threads."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ops" / "oracles")])
+    env = {**os.environ, "PYTHONPATH": path, "PYFAST_PPO_EMULATION_PROCESSORS": "40"}
+    done = subprocess.run([sys.executable, "-c", AGAINST_EAGER], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

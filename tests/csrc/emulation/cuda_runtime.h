@@ -211,8 +211,6 @@ class Machine {
 
 #define __syncthreads() (::emulation::Machine::get().block_barrier(__FILE__, __LINE__))
 
-inline void __threadfence() {}
-
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int lane_mask) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -228,10 +226,9 @@ T __ldcg(const T* from) {
   return *from;
 }
 
-template <class T>
-T atomicAdd(T* to, T x) {
-  const T before = *to;
-  *to += x;
+inline unsigned atomicInc(unsigned* to, unsigned most) {
+  const unsigned before = *to;
+  *to = before >= most ? 0 : before + 1;
   return before;
 }
 
@@ -287,8 +284,11 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = emulation::pretence.driver, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 
-// Few processors: then a block has several tiles even of small inputs.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
+// Few processors: then a block has several tiles even of small inputs. Many: then the last block has many sums to read.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  static const char* processors = std::getenv("PYFAST_PPO_EMULATION_PROCESSORS");
+  return *value = processors ? std::atoi(processors) : 2, cudaSuccess;
+}
 
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
