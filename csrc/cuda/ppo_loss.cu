@@ -44,6 +44,9 @@ struct Call {
   T original_weight;  // 1 / num_original
 };
 
+// The coefficients, in the order of PpoLossArgs.
+enum Weight { kClip, kOfValue, kOfEntropy, kOfKl, kNumWeights };
+
 // What a block leaves behind, if a std has one gradient for all rows.
 PYFAST_PPO_INLINE int64_t sums_of_block(int64_t num_actions) { return kNumMetrics - kFirstSum + num_actions; }
 
@@ -53,6 +56,9 @@ struct Shared {
   T coefficient[kThreads];             // of each row: d loss / d log pi
   int fault[kThreads];                 // of each row: its old mean or old std is at fault
   double sum_log_std, log_normalizer;  // of a shared std
+  bool old_std_fault;                  // in a shared old std
+  double coefficients[kNumWeights];    // as they are when the kernel runs
+  T weights[kNumWeights];              // the clip, and what a row's gradients are multiplied by
   T warp_sums[kWarps][kNumMetrics];
   double group_totals[kThreads];
   double totals[kNumMetrics];
@@ -133,6 +139,19 @@ __device__ __forceinline__ void load(T (&out)[kPerThread], const View& view, con
   }
 }
 
+// A row that all rows share, at a thread's columns. Its type is most often the arithmetic's: then the reads follow each
+// other closely.
+template <class T, bool kVector, class Keep>
+__device__ __forceinline__ void read_columns(const View& view, const Place<kVector>& place, Keep keep) {
+  if (view.dtype == dtype_of<T>()) {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) keep(e, static_cast<const T*>(view.data)[place.col(e) * view.col_stride]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) keep(e, read<T>(view, 0, place.col(e)));
+  }
+}
+
 // The other way; `begin` is the tile's first element in the output.
 template <class Element, bool kVector, class T>
 __device__ __forceinline__ void store(const T (&x)[kPerThread], const Output& output, const Place<kVector>& place,
@@ -161,17 +180,18 @@ __device__ __forceinline__ void store(const T (&x)[kPerThread], const Output& ou
 
 // --- one element, one row --------------------------------------------------------------------------------------------
 
-// The coefficients as they are when the kernel runs.
+// The coefficients are read by a thread each, so that none waits for another.
 template <class T>
-struct Numbers {
-  T clip, value_weight, entropy_weight, kl_weight;
-
-  __device__ explicit Numbers(const Call<T>& call)
-      : clip(static_cast<T>(value_of(call.args.clip_param))),
-        value_weight(static_cast<T>(value_of(call.args.value_loss_coef)) * call.row_weight),
-        entropy_weight(static_cast<T>(value_of(call.args.entropy_coef)) * call.original_weight),
-        kl_weight(static_cast<T>(value_of(call.args.kl_coef)) * call.original_weight) {}
-};
+__device__ __forceinline__ void read_coefficient(const Call<T>& call, int which, Shared<T>& shared) {
+  const PpoLossArgs& args = call.args;
+  const double x = value_of(which == kClip        ? args.clip_param
+                            : which == kOfValue   ? args.value_loss_coef
+                            : which == kOfEntropy ? args.entropy_coef
+                                                  : args.kl_coef);
+  shared.coefficients[which] = x;
+  const T of_row = which == kClip ? T(1) : (which == kOfValue ? call.row_weight : call.original_weight);
+  shared.weights[which] = static_cast<T>(x) * of_row;
+}
 
 // What the KL needs of the two stds. KL(old || new), or KL(new || old) if new_old.
 template <class T>
@@ -245,17 +265,17 @@ struct KnownType {
 // Adds a row's losses to the sums, writes the gradient of its value, and returns d loss / d log pi. row_sum: of the
 // terms 1/2 z^2 (+ log std).
 template <class T, class Reader>
-__device__ __forceinline__ T row_losses(const Call<T>& call, const Reader& reader, const Numbers<T>& numbers,
+__device__ __forceinline__ T row_losses(const Call<T>& call, const Reader& reader, const T (&weights)[kNumWeights],
                                         int64_t row, const RowInputs<T>& in, T row_sum, double log_normalizer,
                                         bool fault, T (&sums)[kNumMetrics]) {
+  const T clip = weights[kClip];
   // in double: for many actions the two terms are large and their difference is small
   const T log_ratio = static_cast<T>(-static_cast<double>(row_sum) - (log_normalizer + in.old_log_prob));
-  const SurrogateTerms<T> surrogate =
-      surrogate_terms(log_ratio, in.advantage, T(1) - numbers.clip, T(1) + numbers.clip);
+  const SurrogateTerms<T> surrogate = surrogate_terms(log_ratio, in.advantage, T(1) - clip, T(1) + clip);
   const ValueTerms<T> value = call.args.use_clipped_value_loss
-                                  ? clipped_value_terms(in.value, in.old_value, in.target, numbers.clip)
+                                  ? clipped_value_terms(in.value, in.old_value, in.target, clip)
                                   : plain_value_terms(in.value, in.target);
-  reader.write(call.args.grad_values, row, numbers.value_weight * value.d_value);
+  reader.write(call.args.grad_values, row, weights[kOfValue] * value.d_value);
   const bool finite = is_finite(log_ratio) && is_finite(in.advantage) && is_finite(in.value) &&
                       is_finite(in.old_value) && is_finite(in.target) && !fault;
   sums[kSurrogate] += surrogate.loss;
@@ -265,6 +285,26 @@ __device__ __forceinline__ T row_losses(const Call<T>& call, const Reader& reade
   sums[kMaxRatio] = surrogate.ratio > sums[kMaxRatio] ? surrogate.ratio : sums[kMaxRatio];
   sums[kNonfinite] += finite ? T(0) : T(1);
   return call.row_weight * surrogate.d_log_prob;
+}
+
+// By one warp: what the rows need of a shared std.
+template <class T, Std kStd>
+__device__ __forceinline__ void read_row_of_std(const PpoLossArgs& args, Shared<T>& shared) {
+  const int A = static_cast<int>(args.num_actions), lane = threadIdx.x % kWarp;
+  double sum_log_std = 0.0;
+  T faults = T(0);
+  if constexpr (kStd != Std::kPerRow) {
+    for (int j = lane; j < A; j += kWarp) {
+      sum_log_std += log_or_nan(read<T>(args.std, 0, j));
+      if (kStd == Std::kShared && !is_std(read<T>(args.old_std, 0, j))) faults += T(1);
+    }
+    sum_log_std = warp_sum(sum_log_std);
+    faults = warp_sum(faults);
+  }
+  if (lane != 0) return;
+  shared.sum_log_std = sum_log_std;
+  shared.log_normalizer = sum_log_std + kHalfLog2Pi * static_cast<double>(A);
+  shared.old_std_fault = faults != T(0);
 }
 
 // --- the end: this block's sums, then those of all blocks ------------------------------------------------------------
@@ -330,11 +370,11 @@ __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, 
   const int t = threadIdx.x, blocks = gridDim.x;
   const int num_sums = kNumMetrics + (shared_std ? static_cast<int>(args.num_actions) : 0);
   const int width = min(num_sums - kFirstSum, kThreads), groups = kThreads / width, group = t / width;
-  PpoLossArgs of_means = args;  // for sums that are divided already, and with coefficients that are read already
+  PpoLossArgs of_means = args;  // for sums that are divided already, with coefficients that are read already
   of_means.num_rows = of_means.num_original = 1;
-  for (Coefficient* c : {&of_means.value_loss_coef, &of_means.entropy_coef, &of_means.kl_coef}) {
-    *c = {nullptr, DType::kFloat64, value_of(*c)};
-  }
+  of_means.value_loss_coef = {nullptr, DType::kFloat64, shared.coefficients[kOfValue]};
+  of_means.entropy_coef = {nullptr, DType::kFloat64, shared.coefficients[kOfEntropy]};
+  of_means.kl_coef = {nullptr, DType::kFloat64, shared.coefficients[kOfKl]};
   const int64_t to_next = groups * sums_of_block(args.num_actions);
   for (int first_sum = kFirstSum; first_sum < num_sums; first_sum += width) {
     const int k = first_sum + t % width;
@@ -356,7 +396,7 @@ __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, 
     __syncthreads();  // none after the reading: of several rounds each is that of a single group
     for (int g = 1; group == 0 && g < groups; ++g) total = joined(k, total, shared.group_totals[g * width + t]);
     if (of_std) {
-      const double gradient = (total - of_means.entropy_coef.number) / static_cast<double>(std);
+      const double gradient = (total - shared.coefficients[kOfEntropy]) / static_cast<double>(std);
       write_element(args.grad_std, k - kNumMetrics, static_cast<T>(gradient));
     } else if (inside && group == 0) {
       const bool of_original = k == kEntropy || k == kKl, no_mean = k == kMaxRatio || k == kNonfinite;
@@ -384,36 +424,16 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
   const bool new_old = args.kl_new_old;
   const Place<kVector> place(A);
   const std::conditional_t<kVector, KnownType<T, Net>, AnyType<T>> reader;
-  const Numbers<T> numbers(call);
+  const int lane = t % kWarp, warp = t / kWarp;
   shared.fault[t] = 0;
   __syncthreads();
 
-  // what depends on the column alone
-  T inv_std[kPerThread];
+  // what depends on the column alone; the stds themselves until the first tile is on its way
+  T std[kPerThread], inv_std[kPerThread];
   StdPair<T> stds[kPerThread];
-  T std_of_column[kPerThread];
-  double sum_log_std = 0.0;
-  bool old_std_fault = false;
   if constexpr (kStd != Std::kPerRow) {
-#pragma unroll
-    for (int e = 0; e < kPerThread; ++e) {
-      std_of_column[e] = read<T>(args.std, 0, place.col(e));
-      inv_std[e] = reciprocal_or_nan(std_of_column[e]);
-      if constexpr (kStd == Std::kShared) {
-        stds[e] = StdPair<T>(std_of_column[e], read<T>(args.old_std, 0, place.col(e)), inv_std[e], new_old);
-      }
-    }
-    T old_std_faults = T(0);
-    for (int j = t % kWarp; j < A; j += kWarp) {
-      sum_log_std += log_or_nan(read<T>(args.std, 0, j));
-      if (kStd == Std::kShared && !is_std(read<T>(args.old_std, 0, j))) old_std_faults += T(1);
-    }
-    sum_log_std = warp_sum(sum_log_std);
-    old_std_fault = warp_sum(old_std_faults) != T(0);
-  }
-  if (t == 0) {
-    shared.sum_log_std = sum_log_std;
-    shared.log_normalizer = sum_log_std + kHalfLog2Pi * static_cast<double>(A);
+    read_columns<T>(args.std, place, [&](int e, T x) { inv_std[e] = x; });
+    if constexpr (kStd == Std::kShared) read_columns<T>(args.old_std, place, [&](int e, T x) { stds[e].inv_q = x; });
   }
 
   T sums[kNumMetrics] = {};
@@ -430,7 +450,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
       own[e] = first + place.row(e);
       source[e] = place.row(e) < rows && (!kVector || e == 0) ? rollout_row(call.gather, own[e]) : own[e];
     }
-    T actions[kPerThread], mean[kPerThread], old_mean[kPerThread], std[kPerThread], old_std[kPerThread];
+    T actions[kPerThread], mean[kPerThread], old_mean[kPerThread], old_std[kPerThread];
     load<T>(actions, args.actions, place, source, count, T(0));
     load<T>(old_mean, args.old_mean, place, source, count_kl, T(0));
     if constexpr (kStd != Std::kShared) load<T>(old_std, args.old_std, place, source, count_kl, T(1));
@@ -438,6 +458,18 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
     if (t < rows) in = RowInputs<T>(call, first + t, reader);
     load<Net>(mean, args.mean, place, own, count, T(0));
     if constexpr (kStd == Std::kPerRow) load<Net>(std, args.std, place, own, count, T(1));
+    if (tile == blockIdx.x) {  // the block's first; what is shared here is for after the next barrier
+      if (warp == kWarps - 1 && lane < kNumWeights) read_coefficient(call, lane, shared);
+      if (warp == kWarps - 2) read_row_of_std<T, kStd>(args, shared);
+      if constexpr (kStd != Std::kPerRow) {
+#pragma unroll
+        for (int e = 0; e < kPerThread; ++e) {
+          std[e] = inv_std[e];
+          inv_std[e] = reciprocal_or_nan(std[e]);
+          if constexpr (kStd == Std::kShared) stds[e] = StdPair<T>(std[e], stds[e].inv_q, inv_std[e], new_old);
+        }
+      }
+    }
 
     // --- the distribution, element by element
     T z[kPerThread], kl_d_mean[kPerThread], kl_d_log_std[kPerThread];
@@ -453,22 +485,13 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
         terms.elements[e] += log_std;
         sums[kEntropy] += original ? log_std : T(0);
       }
-      if constexpr (kStd == Std::kOldPerRow) {
-        stds[e] = StdPair<T>(std_of_column[e], old_std[e], inv_std[e], new_old);
-      } else if constexpr (kStd == Std::kPerRow) {
+      if constexpr (kStd != Std::kShared) {
         stds[e] = StdPair<T>(std[e], old_std[e], inv_std[e], new_old);
       }
       const NewKl<T> kl(mean[e], old_mean[e], stds[e], new_old);
       sums[kKl] += original ? kl.value : T(0);
-      // where its weight is 0, a KL that overflows must not reach the gradients
-      const bool with_kl = original && numbers.kl_weight != T(0);
-      kl_d_mean[e] = with_kl ? numbers.kl_weight * kl.d_mean : T(0);
-      const T d_log_std = with_kl ? numbers.kl_weight * kl.d_log_std : T(0);
-      if constexpr (kStd == Std::kPerRow) {
-        kl_d_log_std[e] = d_log_std;
-      } else {
-        column_sums[e] += d_log_std;
-      }
+      kl_d_mean[e] = kl.d_mean;
+      kl_d_log_std[e] = kl.d_log_std;
       const bool fault = !is_finite(old_mean[e]) || (kStd != Std::kShared && !is_std(old_std[e]));
       if (original && fault) atomicOr(&shared.fault[place.row(e)], 1);
     }
@@ -494,31 +517,44 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
       T row_sum = T(0);
 #pragma unroll 4
       for (int j = 0; j < length; ++j) row_sum += row_terms[j];
-      const bool fault = shared.fault[t] != 0 || (old_std_fault && t < rows_kl);
+      const bool fault = shared.fault[t] != 0 || (kStd == Std::kShared && shared.old_std_fault && t < rows_kl);
       shared.coefficient[t] =
-          row_losses(call, reader, numbers, first + t, in, row_sum, shared.log_normalizer, fault, sums);
+          row_losses(call, reader, shared.weights, first + t, in, row_sum, shared.log_normalizer, fault, sums);
       shared.fault[t] = 0;
     }
     __syncthreads();
 
     // --- the gradients, element by element
-    T grad_mean[kPerThread], grad_std[kPerThread];
+    T grad_mean[kPerThread], d_log_std[kPerThread];
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      const bool inside = place.index(e) < count;
-      const T coefficient = inside ? shared.coefficient[place.row(e)] : T(0);
+      const T coefficient = place.index(e) < count ? shared.coefficient[place.row(e)] : T(0);
       const T weighted = coefficient * z[e];
-      const T d_log_std = weighted * z[e] - coefficient;
-      grad_mean[e] = inv_std[e] * weighted + kl_d_mean[e];
-      if constexpr (kStd == Std::kPerRow) {
-        const T entropy = place.index(e) < count_kl ? numbers.entropy_weight : T(0);
-        grad_std[e] = (d_log_std + kl_d_log_std[e] - entropy) * inv_std[e];
-      } else {
-        column_sums[e] += inside ? d_log_std : T(0);
+      grad_mean[e] = inv_std[e] * weighted;
+      d_log_std[e] = weighted * z[e] - coefficient;
+    }
+    const T kl_weight = shared.weights[kOfKl];
+    if (kl_weight != T(0)) {  // else a KL that overflows must not reach the gradients
+#pragma unroll
+      for (int e = 0; e < kPerThread; ++e) {
+        const bool original = place.index(e) < count_kl;
+        grad_mean[e] += original ? kl_weight * kl_d_mean[e] : T(0);
+        d_log_std[e] += original ? kl_weight * kl_d_log_std[e] : T(0);
       }
     }
+    if constexpr (kStd == Std::kPerRow) {
+      T grad_std[kPerThread];
+#pragma unroll
+      for (int e = 0; e < kPerThread; ++e) {
+        const T entropy = place.index(e) < count_kl ? shared.weights[kOfEntropy] : T(0);
+        grad_std[e] = (d_log_std[e] - entropy) * inv_std[e];
+      }
+      store<Net>(grad_std, args.grad_std, place, first * A, count);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPerThread; ++e) column_sums[e] += place.index(e) < count ? d_log_std[e] : T(0);
+    }
     store<Net>(grad_mean, args.grad_mean, place, first * A, count);
-    if constexpr (kStd == Std::kPerRow) store<Net>(grad_std, args.grad_std, place, first * A, count);
   }
 
   if constexpr (kStd != Std::kPerRow) {
@@ -540,7 +576,7 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
   const int A = static_cast<int>(args.num_actions);
   const bool new_old = args.kl_new_old, shared_std = args.std.row_stride == 0;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Numbers<T> numbers(call);
+  if (threadIdx.x < kNumWeights) read_coefficient(call, threadIdx.x, shared);
   T sums[kNumMetrics] = {};
   for (int64_t row = blockIdx.x; row < args.num_rows; row += gridDim.x) {
     const int64_t source = rollout_row(call.gather, row);
@@ -580,28 +616,29 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
         row_sum += shared.terms[w];
         row_faults += shared.terms[kWarps + w];
       }
-      shared.coefficient[0] = row_losses(call, AnyType<T>(), numbers, row, RowInputs<T>(call, row, AnyType<T>()),
+      shared.coefficient[0] = row_losses(call, AnyType<T>(), shared.weights, row, RowInputs<T>(call, row, AnyType<T>()),
                                          row_sum, kHalfLog2Pi * static_cast<double>(A), row_faults != T(0), sums);
     }
     __syncthreads();
     const T coefficient = shared.coefficient[0];
-    const bool with_kl = original && numbers.kl_weight != T(0);
+    const T kl_weight = original ? shared.weights[kOfKl] : T(0);
+    const T entropy_weight = original ? shared.weights[kOfEntropy] : T(0);
     for (int j = threadIdx.x; j < A; j += kThreads) {
       const T std = std_of(j), inv_std = reciprocal_or_nan(std);
       const T z = z_of(j, inv_std), weighted = coefficient * z;
       T grad_mean = inv_std * weighted, d_log_std = weighted * z - coefficient;
-      if (with_kl) {
+      if (kl_weight != T(0)) {
         bool fault;
         const NewKl<T> kl = kl_of(j, std, &fault);
-        grad_mean += numbers.kl_weight * kl.d_mean;
-        d_log_std += numbers.kl_weight * kl.d_log_std;
+        grad_mean += kl_weight * kl.d_mean;
+        d_log_std += kl_weight * kl.d_log_std;
       }
       write_element(args.grad_mean, row * A + j, grad_mean);
       if (shared_std) {
         T* partial = partial_of(call, blockIdx.x, kNumMetrics + j);
         *partial = row == blockIdx.x ? d_log_std : *partial + d_log_std;
       } else {
-        write_element(args.grad_std, row * A + j, (d_log_std - (original ? numbers.entropy_weight : T(0))) * inv_std);
+        write_element(args.grad_std, row * A + j, (d_log_std - entropy_weight) * inv_std);
       }
     }
   }
