@@ -36,16 +36,19 @@ __device__ __forceinline__ Moments<T> together(const Moments<T>& a, const Moment
   return {count, a.mean + difference * share, a.deviations + b.deviations + difference * difference * a.count * share};
 }
 
+// Rounded before it is added to anything: all lanes of a sum get the same bits.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
+// Those of a warp's sets together, without a branch. The mean is corrected by what the differences from it leave: that
+// of a constant is exact.
 template <class T>
-__device__ __forceinline__ Moments<T> warp_moments(Moments<T> m) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Moments<T> other{__shfl_xor_sync(0xffffffffu, m.count, offset), __shfl_xor_sync(0xffffffffu, m.mean, offset),
-                           __shfl_xor_sync(0xffffffffu, m.deviations, offset)};
-    // the lower lane's first in both, so that both get the same bits
-    m = threadIdx.x % kWarp & static_cast<unsigned>(offset) ? together(other, m) : together(m, other);
-  }
-  return m;
+__device__ __forceinline__ Moments<T> warp_moments(const Moments<T>& m) {
+  const T count = warp_sum(m.count), divisor = count > T(0) ? count : T(1);
+  T mean = warp_sum(rounded_product(m.count, m.mean)) / divisor;
+  mean += warp_sum(rounded_product(m.count, m.mean - mean)) / divisor;
+  const T difference = m.mean - mean;
+  return {count, mean, warp_sum(m.deviations + rounded_product(m.count, difference * difference))};
 }
 
 // Of a whole block, in its first warp; memory: one entry per warp.
@@ -58,16 +61,20 @@ __device__ Moments<T> block_moments(Moments<T> m, Moments<T>* memory, int num_wa
   return warp_moments(lane < num_warps ? memory[lane] : Moments<T>{});
 }
 
-// kKnown: the tensor is one of Ts.
+// An environment's numbers in a tensor, from a step on. kKnown: the tensor is one of Ts.
 template <class T, bool kKnown>
-__device__ __forceinline__ T read(const View& view, int64_t t, int64_t env) {
-  const int64_t index = t * view.row_stride + env * view.col_stride;
-  return kKnown ? static_cast<const T*>(view.data)[index] : read_element<T>(view.data, view.dtype, index);
-}
+struct Steps {
+  const View& view;
+  int64_t index;  // of that step
 
-__device__ __forceinline__ bool flag(const View& view, int64_t t, int64_t env) {
-  return static_cast<const uint8_t*>(view.data)[t * view.row_stride + env * view.col_stride] != 0;
-}
+  __device__ Steps(const View& view, int64_t t, int64_t env)
+      : view(view), index(t * view.row_stride + env * view.col_stride) {}
+
+  __device__ T operator[](int k) const {
+    const int64_t at = index + k * view.row_stride;
+    return kKnown ? static_cast<const T*>(view.data)[at] : read_element<T>(view.data, view.dtype, at);
+  }
+};
 
 // A_t from delta_t and A_{t+1}. At the end of an episode the factor is 0, and what comes later does not matter, not
 // even as NaN.
@@ -98,24 +105,24 @@ __global__ void __launch_bounds__(kThreads, 2) gae_kernel(const __grid_constant_
   for (int64_t end = args.num_steps; end > 0; end -= static_cast<int64_t>(length) * kStretches) {
     const int64_t first = end - static_cast<int64_t>(kStretches - stretch) * length;  // this thread's; may be negative
     // all loads first, so that they are in flight together
+    const Steps<T, kKnown> rewards(args.rewards, first, env), values(args.values, first, env);
+    const Steps<T, kKnown> final_values(args.final_values, first, env);
+    const Steps<uint8_t, true> dones(args.dones, first, env), time_outs(args.time_outs, first, env);
     T reward[kSteps], value[kSteps], final_value[kSteps];
     bool there[kSteps], done[kSteps], timed_out[kSteps];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      const int64_t t = first + k;
-      there[k] = k < length && t >= 0 && inside;
-      reward[k] = there[k] ? read<T, kKnown>(args.rewards, t, env) : T(0);
-      value[k] = there[k] ? read<T, kKnown>(args.values, t, env) : T(0);
-      done[k] = there[k] && flag(args.dones, t, env);
-      timed_out[k] = there[k] && args.time_outs.data != nullptr && flag(args.time_outs, t, env);
-      final_value[k] =
-          there[k] && args.final_values.data != nullptr ? read<T, kKnown>(args.final_values, t, env) : T(0);
+      there[k] = k < length && first + k >= 0 && inside;
+      reward[k] = there[k] ? rewards[k] : T(0);
+      value[k] = there[k] ? values[k] : T(0);
+      done[k] = there[k] && dones[k] != 0;
+      timed_out[k] = there[k] && args.time_outs.data != nullptr && time_outs[k] != 0;
+      final_value[k] = there[k] && args.final_values.data != nullptr ? final_values[k] : T(0);
     }
     const int64_t after = first + length;
     T value_after = T(0);
     if (inside && after > 0) {
-      value_after =
-          after < args.num_steps ? read<T, kKnown>(args.values, after, env) : read<T, kKnown>(args.last_values, 0, env);
+      value_after = after < args.num_steps ? values[length] : Steps<T, kKnown>(args.last_values, 0, env)[0];
     }
     T delta[kSteps], factor[kSteps];
 #pragma unroll
@@ -142,13 +149,13 @@ __global__ void __launch_bounds__(kThreads, 2) gae_kernel(const __grid_constant_
     __syncthreads();
     if (stretch == 0) carried[lane] = advantage_of(advantage, product, incoming);
     advantage = incoming;
+    const int64_t out = first * args.num_envs + env;
 #pragma unroll
     for (int k = kSteps - 1; k >= 0; --k) {
-      const int64_t t = first + k;
       if (!there[k]) continue;
       advantage = advantage_of(delta[k], factor[k], advantage);
-      advantages[t * args.num_envs + env] = advantage;
-      returns[t * args.num_envs + env] = advantage + value[k];
+      advantages[out + k * args.num_envs] = advantage;
+      returns[out + k * args.num_envs] = advantage + value[k];
       const T difference = advantage - mine.mean;
       mine.count += T(1);
       mine.mean += difference / mine.count;

@@ -91,13 +91,20 @@ def test_each_barrier_is_needed(plain: Path, result: str, barrier: str) -> None:
     pytest.fail(f"nothing changes without the barrier of {barrier}")
 
 
-AGAINST_EAGER = """
-import cuda_on_cpu
+def run_backend(script: str, **environment: str) -> None:
+    """A Python program in which the emulation is the ``cuda`` backend."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ops" / "oracles")])
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    command = [sys.executable, "-c", f"import cuda_on_cpu; cuda_on_cpu.install()\n{script}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+LOSSES = """
 import pyfast_ppo
 from pyfast_ppo.bench.stock import COEFFICIENTS, make_mini_batch
 from torch.testing import assert_close
 
-cuda_on_cpu.install()
 for num_rows, num_actions in [(10_300, 12), (830, 150), (430, 300), (250, 400), (90, 1600)]:
     batch = make_mini_batch(num_rows, num_actions, num_rows % 4 == 0, 0, "cpu")
     exact = [t.detach().double() for t in batch]
@@ -112,7 +119,25 @@ for num_rows, num_actions in [(10_300, 12), (830, 150), (430, 300), (250, 400), 
 
 def test_sums_of_many_blocks() -> None:
     """One and several rounds of the last block over what 80 blocks left, by one and by several groups of threads."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ops" / "oracles")])
-    env = {**os.environ, "PYTHONPATH": path, "PYFAST_PPO_EMULATION_PROCESSORS": "40"}
-    done = subprocess.run([sys.executable, "-c", AGAINST_EAGER], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_backend(LOSSES, PYFAST_PPO_EMULATION_PROCESSORS="40")
+
+
+NORMALIZED = """
+import torch
+import pyfast_ppo
+
+torch.manual_seed(0)
+CASES = [(0.0, 1.0, 1e-6), (1e4, 1.0, 6e-4), (-1e4, 0.1, 6e-3), (0.1, 0.0, 0.0), (1e4 / 3, 0.0, 0.0)]
+for shape in [(1, 3), (5, 70), (24, 300), (37, 129)]:
+    for mean, spread, error in CASES:
+        x = (mean + spread * torch.randn(shape, dtype=torch.float64)).float()
+        ends, zero = torch.ones(shape, dtype=torch.bool), torch.zeros(shape)
+        advantages, _ = pyfast_ppo.gae(x, zero, ends, zero[0], 0.9, 0.9, normalize=True, backend="cuda")
+        exact = (x.double() - x.double().mean()) / (x.double().std() + 1e-8) if spread else torch.zeros(shape)
+        assert (advantages - exact).abs().max() <= error * exact.abs().max().clamp(min=1.0), (shape, mean, spread)
+"""
+
+
+def test_normalized_advantages_far_from_zero() -> None:
+    """As exact as the mean's rounding lets them be; what is constant becomes 0."""
+    run_backend(NORMALIZED)
