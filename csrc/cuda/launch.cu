@@ -38,14 +38,23 @@ std::string unavailable_reason() {
     return "the driver is too old: it is for CUDA " + version(driver) + ", the kernels were built with CUDA " +
            version(runtime) + "; update the driver";
   }
-  if (status != cudaSuccess) return std::string("CUDA says: ") + cudaGetErrorString(status);
+  const auto says = [](cudaError_t error) { return std::string("CUDA says: ") + cudaGetErrorString(error); };
+  if (status != cudaSuccess) return says(status);
   if (devices == 0) return "there is no GPU";
   cudaFuncAttributes attributes;
   const cudaError_t found = cudaFuncGetAttributes(&attributes, probe_kernel);
   if (found == cudaSuccess) return "";
   cudaGetLastError();
-  return std::string("the kernels were not built for this GPU (") + cudaGetErrorString(found) +
-         "); install again with PYFAST_PPO_CUDA_ARCHS=native";
+  switch (found) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorUnsupportedPtxVersion:
+      return std::string("the kernels were not built for this GPU (") + cudaGetErrorString(found) +
+             "); install again with PYFAST_PPO_CUDA_ARCHS=native";
+    default:  // another process has the GPU for itself, no memory is left on it, ...
+      return says(found);
+  }
 }
 
 }  // namespace pyfast_ppo::cuda

@@ -28,6 +28,7 @@ def machine() -> Iterator[ModuleType]:
 
 # --- when it cannot be used -------------------------------------------------------------------------------------------
 
+NOT_BUILT_FOR_IT = "the kernels were not built for this GPU ({}); install again with PYFAST_PPO_CUDA_ARCHS=native"
 REASONS = {
     "no driver": ({"driver": 0}, "there is no NVIDIA driver"),
     "old driver": (
@@ -38,9 +39,15 @@ REASONS = {
     "no GPU that CUDA sees": ({"devices": 100}, "CUDA says: no CUDA-capable device is detected"),
     "another GPU": (
         {"code": 209},
-        "the kernels were not built for this GPU (no kernel image is available for execution on the device); "
-        "install again with PYFAST_PPO_CUDA_ARCHS=native",
+        NOT_BUILT_FOR_IT.format("no kernel image is available for execution on the device"),
     ),
+    "PTX that does not compile": ({"code": 218}, NOT_BUILT_FOR_IT.format("a PTX JIT compilation failed")),
+    "no compiler of PTX": ({"code": 221}, NOT_BUILT_FOR_IT.format("PTX JIT compiler library not found")),
+    "PTX of a newer CUDA": (
+        {"code": 222},
+        NOT_BUILT_FOR_IT.format("the provided PTX was compiled with an unsupported toolchain."),
+    ),
+    "a GPU that is full": ({"code": 2}, "CUDA says: out of memory"),
 }
 
 

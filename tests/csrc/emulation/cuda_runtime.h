@@ -249,10 +249,14 @@ using std::min;
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
-  cudaErrorNoKernelImageForDevice = 209
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidPtx = 218,
+  cudaErrorJitCompilerNotFound = 221,
+  cudaErrorUnsupportedPtxVersion = 222
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
@@ -275,9 +279,22 @@ inline Pretence pretence;
 }  // namespace emulation
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
-         : error == cudaErrorNoDevice             ? "no CUDA-capable device is detected"
-                                                  : "invalid configuration argument";
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorNoDevice:
+      return "no CUDA-capable device is detected";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorInvalidPtx:
+      return "a PTX JIT compilation failed";
+    case cudaErrorJitCompilerNotFound:
+      return "PTX JIT compiler library not found";
+    case cudaErrorUnsupportedPtxVersion:
+      return "the provided PTX was compiled with an unsupported toolchain.";
+    default:
+      return "invalid configuration argument";
+  }
 }
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidConfiguration"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
