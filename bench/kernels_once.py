@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import pyfast_ppo
@@ -9,27 +11,42 @@ from pyfast_ppo import backends, kl
 from pyfast_ppo.bench.stock import make_mini_batch
 
 SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300), (5, 2000)]
+SECOND_TILES = [(70_000, 12), (30_001, 29), (60_000, 37)]  # more tiles than 132 multiprocessors take at a time
+
+
+def run_losses(num_rows: int, num_actions: int, old_std_per_row: bool, backend: str) -> list[torch.Tensor]:
+    """Both layouts of the std, in the rollout's order and in another one; returns the inputs, the last std per row.
+
+    Everything is drawn on the CPU: torch's own kernels are not what is watched.
+    """
+    inputs = list(make_mini_batch(num_rows, num_actions, old_std_per_row, 0, "cuda"))
+    order = torch.randperm(num_rows).cuda()
+    options: dict[str, Any] = {"kl_coef": 0.5, "kl_direction": ("old_new", "new_old")[num_rows % 2], "backend": backend}
+    for use_clipped_value_loss in (True, False):
+        options["use_clipped_value_loss"] = use_clipped_value_loss
+        pyfast_ppo.ppo_loss_and_grad(*inputs, **options, num_original=max(1, num_rows // 2))
+        pyfast_ppo.ppo_loss_and_grad(*inputs, **options, row_index=order)
+        if use_clipped_value_loss:
+            inputs[1] = inputs[1].detach().repeat(num_rows, 1).requires_grad_()
+    return inputs
 
 
 def run(backend: str) -> None:
+    for num_rows, num_actions in SECOND_TILES:
+        for old_std_per_row in (False, True):
+            run_losses(num_rows, num_actions, old_std_per_row, backend)
     for num_rows, num_actions in SHAPES:
         for old_std_per_row in (False, True):
-            inputs = list(make_mini_batch(num_rows, num_actions, old_std_per_row, 0, "cuda"))
-            options = {"kl_coef": 0.5, "kl_direction": ("old_new", "new_old")[num_rows % 2], "backend": backend}
-            pyfast_ppo.ppo_loss_and_grad(*inputs, **options, num_original=max(1, num_rows // 2))
-            order = torch.randperm(num_rows, device="cuda")
-            pyfast_ppo.ppo_loss_and_grad(*inputs, **options, row_index=order)
-            inputs[1] = inputs[1].detach().repeat(num_rows, 1).requires_grad_()
-            pyfast_ppo.ppo_loss_and_grad(*inputs, **options, use_clipped_value_loss=False)
+            inputs = run_losses(num_rows, num_actions, old_std_per_row, backend)
             mean, std, _, actions, old_log_prob, old_mean, old_std, *_ = inputs
             pyfast_ppo.gaussian_log_prob(actions, mean, std, backend=backend).sum().backward()
             kl.gaussian_loss(actions, mean, std, old_log_prob, backend=backend).sum().backward()
             pyfast_ppo.gaussian_kl(old_mean, old_std, mean, std, backend=backend).sum().backward()
             pyfast_ppo.gaussian_entropy(std, backend=backend).sum().backward()
-        rewards = torch.randn(num_actions, num_rows, device="cuda")
-        flags = rewards > 1.0
-        options = {"time_outs": flags, "final_values": rewards, "normalize": True, "backend": backend}
-        pyfast_ppo.gae(rewards, rewards + 1.0, flags, rewards[0], 0.99, 0.95, **options)
+        rewards = torch.randn(num_actions, num_rows)
+        flags, rewards = (rewards > 1.0).cuda(), rewards.cuda()
+        ends: dict[str, Any] = {"time_outs": flags, "final_values": rewards}
+        pyfast_ppo.gae(rewards, rewards + 1.0, flags, rewards[0], 0.99, 0.95, **ends, normalize=True, backend=backend)
     torch.cuda.synchronize()
 
 
