@@ -13,6 +13,7 @@ namespace {
 
 using PyStream = std::tuple<int, uintptr_t>;         // device, stream
 using PyShape = std::tuple<int64_t, int64_t, bool>;  // N, A, use_double
+using WithoutGil = py::gil_scoped_release;           // around a launch, which waits where many are queued
 
 Stream stream(const PyStream& s) { return {std::get<0>(s), reinterpret_cast<void*>(std::get<1>(s))}; }
 
@@ -28,13 +29,19 @@ std::vector<View> views(const py::tuple& tensors) {
 void bind_gaussian(py::module_& m, const std::string& name, Gaussian function) {
   m.def(name.c_str(),
         [function](const PyShape& s, const py::tuple& inputs, const py::object& out, const PyStream& where) {
-          gaussian(function, shape(s), views(inputs).data(), output(out), stream(where));
+          const std::vector<View> found = views(inputs);
+          const Output to = output(out);
+          const WithoutGil other_threads_run;
+          gaussian(function, shape(s), found.data(), to, stream(where));
         });
   m.def((name + "_backward").c_str(), [function](const PyShape& s, const py::tuple& inputs, const py::object& grad,
                                                  const py::tuple& gradients, const PyStream& where) {
     std::vector<Output> outputs;
     for (const py::handle tensor : gradients) outputs.push_back(output(tensor));
-    gaussian_backward(function, shape(s), views(inputs).data(), view(grad), outputs.data(), stream(where));
+    const std::vector<View> found = views(inputs);
+    const View of_output = view(grad);
+    const WithoutGil other_threads_run;
+    gaussian_backward(function, shape(s), found.data(), of_output, outputs.data(), stream(where));
   });
 }
 
@@ -43,26 +50,34 @@ void bind_gaussian(py::module_& m, const std::string& name, Gaussian function) {
 void bind(py::module_ m) {
   m.def("unavailable_reason", &unavailable_reason);
   m.def("ppo_loss_partials", &ppo_loss_partials);
-  m.def("ppo_loss",
-        [](const std::tuple<int64_t, int64_t, int64_t>& sizes, const py::tuple& inputs, const py::tuple& coefficients,
-           bool use_clipped_value_loss, bool kl_new_old, const py::tuple& outputs, bool use_double,
-           const py::object& row_index, int64_t num_rollout_rows, const py::tuple& scratch, const PyStream& where) {
-          Gather gather;
-          if (!row_index.is_none()) gather = {static_cast<const int64_t*>(address_of(row_index)), num_rollout_rows};
-          ppo_loss(ppo_loss_args(sizes, inputs, coefficients, use_clipped_value_loss, kl_new_old, outputs), gather,
-                   use_double, {address_of(scratch[0]), static_cast<unsigned*>(address_of(scratch[1]))}, stream(where));
-        });
+  m.def("ppo_loss", [](const std::tuple<int64_t, int64_t, int64_t>& sizes, const py::tuple& inputs,
+                       const py::tuple& coefficients, bool use_clipped_value_loss, bool kl_new_old,
+                       const py::tuple& outputs, bool use_double, const py::object& row_index, int64_t num_rollout_rows,
+                       const py::tuple& scratch, const PyStream& where) {
+    Gather gather;
+    if (!row_index.is_none()) gather = {static_cast<const int64_t*>(address_of(row_index)), num_rollout_rows};
+    const PpoLossArgs args = ppo_loss_args(sizes, inputs, coefficients, use_clipped_value_loss, kl_new_old, outputs);
+    const Scratch memory{address_of(scratch[0]), static_cast<unsigned*>(address_of(scratch[1]))};
+    const WithoutGil other_threads_run;
+    ppo_loss(args, gather, use_double, memory, stream(where));
+  });
   m.def("gae_moments", &gae_moments);
   m.def("gae",
         [](const std::tuple<int64_t, int64_t>& sizes, const py::tuple& inputs, double gamma, double lam, bool normalize,
            const py::tuple& outputs, bool use_double, const py::object& moments, const PyStream& where) {
-          gae(gae_args(sizes, inputs, gamma, lam, normalize, outputs), use_double, address_of(moments), stream(where));
+          const GaeArgs args = gae_args(sizes, inputs, gamma, lam, normalize, outputs);
+          void* const memory = address_of(moments);
+          const WithoutGil other_threads_run;
+          gae(args, use_double, memory, stream(where));
         });
   m.def("gaussian_blocks", [](const PyShape& s) { return gaussian_blocks(shape(s)); });
   m.def("gaussian_kl_loss", [](const PyShape& s, int which, const py::tuple& inputs, const py::object& old_log_prob,
                                const py::object& value, const py::object& coefficient, const PyStream& where) {
-    gaussian_kl_loss(static_cast<KlLoss>(which), shape(s), views(inputs).data(), view(old_log_prob), output(value),
-                     output(coefficient), stream(where));
+    const std::vector<View> found = views(inputs);
+    const View old = view(old_log_prob);
+    const Output to = output(value), to_coefficient = output(coefficient);
+    const WithoutGil other_threads_run;
+    gaussian_kl_loss(static_cast<KlLoss>(which), shape(s), found.data(), old, to, to_coefficient, stream(where));
   });
   bind_gaussian(m, "gaussian_log_prob", Gaussian::kLogProb);
   bind_gaussian(m, "gaussian_entropy", Gaussian::kEntropy);
