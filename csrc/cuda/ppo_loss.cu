@@ -89,7 +89,8 @@ __device__ __forceinline__ T read(const View& view, int64_t row, int64_t col) {
   return read_element<T>(view.data, view.dtype, row * view.row_stride + col * view.col_stride);
 }
 
-// A thread's place in a tile: the rows and columns of its elements, two numbers to a register.
+// A thread's place in a tile: the rows and columns of its elements, two numbers to a register. A row is one that has an
+// entry in shared memory, beyond the tile, too.
 template <bool kVector>
 struct Place {
   uint32_t rows[kPerThread / 2], cols[kPerThread / 2];
@@ -98,7 +99,7 @@ struct Place {
 #pragma unroll
     for (int e = 0; e < kPerThread; e += 2) {
       const int row = index(e) / num_actions, next_row = index(e + 1) / num_actions;
-      rows[e / 2] = static_cast<uint32_t>(row | next_row << 16);
+      rows[e / 2] = static_cast<uint32_t>(min(row, kThreads - 1) | min(next_row, kThreads - 1) << 16);
       cols[e / 2] =
           static_cast<uint32_t>((index(e) - row * num_actions) | (index(e + 1) - next_row * num_actions) << 16);
     }
@@ -287,6 +288,24 @@ __device__ __forceinline__ T row_losses(const Call<T>& call, const Reader& reade
   return call.row_weight * surrogate.d_log_prob;
 }
 
+// Notes the rows of a thread's elements whose old mean or old std is at fault. Elements that count for nothing have
+// none.
+template <Std kStd, class T, bool kVector>
+__device__ __forceinline__ void note_faults(const T (&old_mean)[kPerThread], const T (&old_std)[kPerThread],
+                                            const Place<kVector>& place, int* fault_of_row) {
+  bool at_fault[kPerThread], any = false;
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e) {
+    at_fault[e] = !is_finite(old_mean[e]) || (kStd != Std::kShared && !is_std(old_std[e]));
+    any = any || at_fault[e];
+  }
+  if (!any) return;
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e) {
+    if (at_fault[e]) atomicOr(&fault_of_row[place.row(e)], 1);
+  }
+}
+
 // By one warp: what the rows need of a shared std.
 template <class T, Std kStd>
 __device__ __forceinline__ void read_row_of_std(const PpoLossArgs& args, Shared<T>& shared) {
@@ -472,29 +491,40 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
     }
 
     // --- the distribution, element by element
-    T z[kPerThread], kl_d_mean[kPerThread], kl_d_log_std[kPerThread];
+    T z[kPerThread], log_std[kPerThread], kl_value[kPerThread], kl_d_mean[kPerThread], kl_d_log_std[kPerThread];
     Pack<T> terms;
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      const bool original = place.index(e) < count_kl;
       if constexpr (kStd == Std::kPerRow) inv_std[e] = reciprocal_or_nan(std[e]);
       z[e] = standardized(actions[e], mean[e], inv_std[e]);
       terms.elements[e] = T(0.5) * z[e] * z[e];
-      if constexpr (kStd == Std::kPerRow) {
-        const T log_std = log_or_nan(std[e]);
-        terms.elements[e] += log_std;
-        sums[kEntropy] += original ? log_std : T(0);
-      }
-      if constexpr (kStd != Std::kShared) {
-        stds[e] = StdPair<T>(std[e], old_std[e], inv_std[e], new_old);
-      }
-      const NewKl<T> kl(mean[e], old_mean[e], stds[e], new_old);
-      sums[kKl] += original ? kl.value : T(0);
-      kl_d_mean[e] = kl.d_mean;
-      kl_d_log_std[e] = kl.d_log_std;
-      const bool fault = !is_finite(old_mean[e]) || (kStd != Std::kShared && !is_std(old_std[e]));
-      if (original && fault) atomicOr(&shared.fault[place.row(e)], 1);
+      if constexpr (kStd == Std::kPerRow) terms.elements[e] += log_std[e] = log_or_nan(std[e]);
     }
+    const auto compute_kl = [&](bool direction_new_old) {
+#pragma unroll
+      for (int e = 0; e < kPerThread; ++e) {
+        if constexpr (kStd != Std::kShared) stds[e] = StdPair<T>(std[e], old_std[e], inv_std[e], direction_new_old);
+        const NewKl<T> kl(mean[e], old_mean[e], stds[e], direction_new_old);
+        kl_value[e] = kl.value, kl_d_mean[e] = kl.d_mean, kl_d_log_std[e] = kl.d_log_std;
+      }
+    };
+    if (new_old) {  // asked here, not in each element
+      compute_kl(true);
+    } else {
+      compute_kl(false);
+    }
+    if (place.index(kPerThread - 1) >= count_kl) {  // some are not of original rows
+#pragma unroll
+      for (int e = 0; e < kPerThread; ++e) {
+        if (place.index(e) >= count_kl) log_std[e] = kl_value[e] = kl_d_mean[e] = kl_d_log_std[e] = T(0);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      sums[kKl] += kl_value[e];
+      if constexpr (kStd == Std::kPerRow) sums[kEntropy] += log_std[e];
+    }
+    note_faults<kStd>(old_mean, old_std, place, shared.fault);
     if (kVector && call.sum_in_fours) {
       // odd rows: no two of the threads that add them up read the same bank
       const int quads = A / kPerThread, stride = quads | 1;
@@ -521,6 +551,8 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
       shared.coefficient[t] =
           row_losses(call, reader, shared.weights, first + t, in, row_sum, shared.log_normalizer, fault, sums);
       shared.fault[t] = 0;
+    } else {
+      shared.coefficient[t] = T(0);  // rows beyond add nothing to the columns
     }
     __syncthreads();
 
@@ -528,8 +560,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
     T grad_mean[kPerThread], d_log_std[kPerThread];
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      const T coefficient = place.index(e) < count ? shared.coefficient[place.row(e)] : T(0);
-      const T weighted = coefficient * z[e];
+      const T coefficient = shared.coefficient[place.row(e)], weighted = coefficient * z[e];
       grad_mean[e] = inv_std[e] * weighted;
       d_log_std[e] = weighted * z[e] - coefficient;
     }
@@ -537,9 +568,8 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
     if (kl_weight != T(0)) {  // else a KL that overflows must not reach the gradients
 #pragma unroll
       for (int e = 0; e < kPerThread; ++e) {
-        const bool original = place.index(e) < count_kl;
-        grad_mean[e] += original ? kl_weight * kl_d_mean[e] : T(0);
-        d_log_std[e] += original ? kl_weight * kl_d_log_std[e] : T(0);
+        grad_mean[e] += kl_weight * kl_d_mean[e];
+        d_log_std[e] += kl_weight * kl_d_log_std[e];
       }
     }
     if constexpr (kStd == Std::kPerRow) {
@@ -552,7 +582,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
       store<Net>(grad_std, args.grad_std, place, first * A, count);
     } else {
 #pragma unroll
-      for (int e = 0; e < kPerThread; ++e) column_sums[e] += place.index(e) < count ? d_log_std[e] : T(0);
+      for (int e = 0; e < kPerThread; ++e) column_sums[e] += d_log_std[e];
     }
     store<Net>(grad_mean, args.grad_mean, place, first * A, count);
   }
