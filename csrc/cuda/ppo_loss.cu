@@ -434,7 +434,7 @@ __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, 
 // Net: the elements of mean, std and their gradients, if kVector; the rollout's are T then. Else all are what their
 // views say.
 template <class T, class Net, Std kStd, bool kVector>
-__global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 1)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocksPerProcessor : 1)
     ppo_loss_kernel(const __grid_constant__ Call<T> call) {
   __shared__ Shared<T> shared;
   const PpoLossArgs& args = call.args;
