@@ -40,20 +40,20 @@ enum Metric {
   kNumMetrics
 };
 
-// The metrics from sums over rows: entropy and KL over the original rows, the others over all. sums[kEntropy] is that
-// of log std over original rows and actions, sums[kMaxRatio] a maximum; sums[kLoss] is not looked at.
-PYFAST_PPO_INLINE void finish_metrics(const double* sums, const PpoLossArgs& args, double* metrics) {
-  const double rows = static_cast<double>(args.num_rows), original = static_cast<double>(args.num_original);
-  metrics[kSurrogate] = sums[kSurrogate] / rows;
-  metrics[kValueLoss] = sums[kValueLoss] / rows;
-  metrics[kEntropy] = sums[kEntropy] / original + kHalfLog2PiE * static_cast<double>(args.num_actions);
-  metrics[kKl] = sums[kKl] / original;
-  metrics[kApproxKl] = sums[kApproxKl] / rows;
-  metrics[kClipFraction] = sums[kClipFraction] / rows;
-  metrics[kMaxRatio] = sums[kMaxRatio] + 0.0 * metrics[kApproxKl];  // NaN if a ratio was
-  metrics[kNonfinite] = sums[kNonfinite];
-  metrics[kLoss] = metrics[kSurrogate] + value_of(args.value_loss_coef) * metrics[kValueLoss] -
-                   value_of(args.entropy_coef) * metrics[kEntropy] + value_of(args.kl_coef) * metrics[kKl];
+// The number of rows by which the sum of a metric is divided; 1 for those that are no means.
+PYFAST_PPO_INLINE double rows_of_metric(int metric, const PpoLossArgs& args) {
+  if (metric == kMaxRatio || metric == kNonfinite) return 1.0;
+  return static_cast<double>(metric == kEntropy || metric == kKl ? args.num_original : args.num_rows);
+}
+
+// Completes the metrics, in their place: the mean of log std, summed over actions, becomes the entropy; the loss is
+// made of the others. The coefficients are those of value loss, entropy and KL.
+PYFAST_PPO_INLINE void finish_metrics(double* metrics, int64_t num_actions, double of_value, double of_entropy,
+                                      double of_kl) {
+  metrics[kEntropy] += kHalfLog2PiE * static_cast<double>(num_actions);
+  metrics[kMaxRatio] += 0.0 * metrics[kApproxKl];  // NaN if a ratio was
+  metrics[kLoss] =
+      metrics[kSurrogate] + of_value * metrics[kValueLoss] - of_entropy * metrics[kEntropy] + of_kl * metrics[kKl];
 }
 
 }  // namespace pyfast_ppo

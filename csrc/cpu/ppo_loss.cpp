@@ -73,10 +73,10 @@ void finish(const PpoLossCall<T>& call) {
       }
     }
   }
-  if (!call.std_per_row) total[kEntropy] = call.sum_log_std * static_cast<double>(args.num_original);
-  double metrics[kNumMetrics];
-  finish_metrics(total.data(), args, metrics);
-  baseline::write_back(args.metrics, 0, kNumMetrics, metrics);
+  for (int k = kLoss + 1; k < kNumMetrics; ++k) total[k] /= rows_of_metric(k, args);
+  if (!call.std_per_row) total[kEntropy] = call.sum_log_std;
+  finish_metrics(total.data(), A, value_of(args.value_loss_coef), value_of(args.entropy_coef), value_of(args.kl_coef));
+  baseline::write_back(args.metrics, 0, kNumMetrics, total.data());
   if (call.std_per_row) return;
   std::vector<double> grad_std(static_cast<size_t>(A));
   for (int64_t j = 0; j < A; ++j) {

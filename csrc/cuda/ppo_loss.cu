@@ -389,11 +389,6 @@ __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, 
   const int t = threadIdx.x, blocks = gridDim.x;
   const int num_sums = kNumMetrics + (shared_std ? static_cast<int>(args.num_actions) : 0);
   const int width = min(num_sums - kFirstSum, kThreads), groups = kThreads / width, group = t / width;
-  PpoLossArgs of_means = args;  // for sums that are divided already, with coefficients that are read already
-  of_means.num_rows = of_means.num_original = 1;
-  of_means.value_loss_coef = {nullptr, DType::kFloat64, shared.coefficients[kOfValue]};
-  of_means.entropy_coef = {nullptr, DType::kFloat64, shared.coefficients[kOfEntropy]};
-  of_means.kl_coef = {nullptr, DType::kFloat64, shared.coefficients[kOfKl]};
   const int64_t to_next = groups * sums_of_block(args.num_actions);
   for (int first_sum = kFirstSum; first_sum < num_sums; first_sum += width) {
     const int k = first_sum + t % width;
@@ -418,13 +413,14 @@ __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, 
       const double gradient = (total - shared.coefficients[kOfEntropy]) / static_cast<double>(std);
       write_element(args.grad_std, k - kNumMetrics, static_cast<T>(gradient));
     } else if (inside && group == 0) {
-      const bool of_original = k == kEntropy || k == kKl, no_mean = k == kMaxRatio || k == kNonfinite;
-      const int64_t count = of_original ? args.num_original : (no_mean ? 1 : args.num_rows);
-      shared.totals[k] = k == kEntropy && !entropy_of_rows ? shared.sum_log_std : total / static_cast<double>(count);
+      shared.totals[k] = k == kEntropy && !entropy_of_rows ? shared.sum_log_std : total / rows_of_metric(k, args);
     }
   }
   __syncthreads();
-  if (t == 0) finish_metrics(shared.totals, of_means, shared.totals);
+  if (t == 0) {
+    const double* of = shared.coefficients;
+    finish_metrics(shared.totals, args.num_actions, of[kOfValue], of[kOfEntropy], of[kOfKl]);
+  }
   __syncthreads();
   if (t < kNumMetrics) write_element(args.metrics, t, static_cast<T>(shared.totals[t]));
 }
