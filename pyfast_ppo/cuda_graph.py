@@ -19,7 +19,7 @@ class Graph:
 
     def __init__(self, device: torch.device, neighbour: Graph | None = None) -> None:
         """``neighbour``: a graph that never runs at the same time, whose temporary memory this one may use."""
-        self._device = device
+        self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
         self._graph = torch.cuda.CUDAGraph()
         self._pool: Any = torch.cuda.graph_pool_handle() if neighbour is None else neighbour._pool
         self._is_first = neighbour is None

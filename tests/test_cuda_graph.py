@@ -97,6 +97,11 @@ def test_a_recording_on_the_device_of_the_work() -> None:
     assert gc.isenabled()
 
 
+def test_without_a_number_it_is_the_current_device() -> None:
+    cuda_graph.Graph(torch.device("cuda")).record(lambda: None)
+    assert Cuda.log[0] == ("enter", DEVICE)
+
+
 def test_work_that_cannot_be_recorded() -> None:
     """torch before 2.12 does not clean up by itself. The reason is what the work raised."""
     Cuda.fails = True
