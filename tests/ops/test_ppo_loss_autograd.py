@@ -405,13 +405,11 @@ def test_same_bits(
     """Every time, and on every number of threads. Sums of many rows: another order of additions would show."""
     inputs = make_inputs(num_rows, num_actions, std_per_row=std_per_row, old_std_per_row=old_std_per_row, device=device)
     want = results(inputs, backend)
-    for _ in range(5):
+    interpreted = backend == "triton" and device == "cpu"
+    for _ in range(1 if interpreted else 5):
         assert_same_bits(results(inputs, backend), want)
-    if backend == "eager":
-        return  # torch's own sums depend on its threads
     if backend not in NATIVE:
-        assert_same_bits(results(inputs, backend), want)
-        return
+        return  # eager: torch's own sums depend on its threads; triton: has none
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         for _ in range(3):
