@@ -101,8 +101,8 @@ def gae_kernel(
             block_count = tl.sum(tl.where(mask, 1.0, 0.0), 0)
             block_sum = tl.sum(tl.where(mask, advantages, 0.0), 0)
             block_mean = tl.div_rn(block_sum, tl.where(block_count > 0.0, block_count, 1.0))
-            deviation = tl.where(mask, advantages - block_mean[None, :], 0.0)
-            block_m2 = tl.sum(deviation * deviation, 0)
+            deviation = advantages - block_mean[None, :]
+            block_m2 = tl.sum(tl.where(mask, deviation * deviation, 0.0), 0)
             count, mean, m2 = _merge_moments(count, mean, m2, block_count, block_mean, block_m2)
         later = tl.sum(tl.where(steps == block * BLOCK_T, advantages, 0.0), 0)
     if NORMALIZE:
@@ -119,7 +119,8 @@ def _moment(moments_ptr, which: tl.constexpr, start, num_moments, BLOCK_M: tl.co
     return tl.load(moments_ptr + which * num_moments + sets, mask=sets < num_moments, other=0.0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["num_moments", "size"])
+# where the size is a multiple of 16, and only there, the compiler knows that masks leave no load of 128 bits in pieces
+@triton.jit(do_not_specialize=["num_moments"])
 def normalize_kernel(
     advantages_ptr,  # [T, E], contiguous, changed in place
     moments_ptr,  # [3, num_moments], as gae_kernel left them

@@ -23,9 +23,14 @@ def _tile(num_rows, A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexp
 
 
 @triton.jit
-def _load(ptr, first, rows, cols, mask, STRIDE: tl.constexpr, other):
-    at = ptr + first * STRIDE + rows[:, None] * STRIDE + cols[None, :]
-    return tl.load(at, mask=mask, other=other).to(tl.float32)
+def _load(ptr, first, rows, cols, mask, A: tl.constexpr, STRIDE: tl.constexpr, other):
+    if STRIDE == 0:
+        # as a vector: a matrix of equal rows is aligned whatever A is, and the compiler gives all others its layout
+        loaded = tl.load(ptr + cols, mask=cols < A, other=other)[None, :]
+    else:
+        at = ptr + first * STRIDE + rows[:, None] * STRIDE + cols[None, :]
+        loaded = tl.load(at, mask=mask, other=other)
+    return loaded.to(tl.float32)
 
 
 @triton.jit
@@ -44,9 +49,9 @@ def _log_probs(
     A: tl.constexpr, ACTIONS_STRIDE: tl.constexpr, MEAN_STRIDE: tl.constexpr, STD_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_N]."""
-    actions = _load(actions_ptr, first, rows, cols, mask, ACTIONS_STRIDE, 0.0)
-    mean = _load(mean_ptr, first, rows, cols, mask, MEAN_STRIDE, 0.0)
-    std = _load(std_ptr, first, rows, cols, mask, STD_STRIDE, 1.0)
+    actions = _load(actions_ptr, first, rows, cols, mask, A, ACTIONS_STRIDE, 0.0)
+    mean = _load(mean_ptr, first, rows, cols, mask, A, MEAN_STRIDE, 0.0)
+    std = _load(std_ptr, first, rows, cols, mask, A, STD_STRIDE, 1.0)
     z = (actions - mean) * reciprocal_or_nan(std)
     return -tl.sum(0.5 * z * z + log_or_nan(std), 1) - A * HALF_LOG_2PI
 
@@ -88,9 +93,9 @@ def log_prob_backward_kernel(
 ):  # fmt: skip
     first, rows, cols, in_rows, mask = _tile(num_rows, A, BLOCK_N, BLOCK_A)
     grad = tl.load(grad_ptr + first + rows, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-    actions = _load(actions_ptr, first, rows, cols, mask, ACTIONS_STRIDE, 0.0)
-    mean = _load(mean_ptr, first, rows, cols, mask, MEAN_STRIDE, 0.0)
-    inv_std = reciprocal_or_nan(_load(std_ptr, first, rows, cols, mask, STD_STRIDE, 1.0))
+    actions = _load(actions_ptr, first, rows, cols, mask, A, ACTIONS_STRIDE, 0.0)
+    mean = _load(mean_ptr, first, rows, cols, mask, A, MEAN_STRIDE, 0.0)
+    inv_std = reciprocal_or_nan(_load(std_ptr, first, rows, cols, mask, A, STD_STRIDE, 1.0))
     z = (actions - mean) * inv_std
     _store(grad_mean_ptr, first, rows, cols, mask, grad * z * inv_std, A, False)
     _store(grad_std_ptr, first, rows, cols, mask, grad * (z * z - 1.0) * inv_std, A, STD_STRIDE == 0)
@@ -102,7 +107,7 @@ def entropy_kernel(
     A: tl.constexpr, STD_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     first, rows, cols, in_rows, mask = _tile(num_rows, A, BLOCK_N, BLOCK_A)
-    std = _load(std_ptr, first, rows, cols, mask, STD_STRIDE, 1.0)
+    std = _load(std_ptr, first, rows, cols, mask, A, STD_STRIDE, 1.0)
     tl.store(out_ptr + first + rows, tl.sum(log_or_nan(std), 1) + A * HALF_LOG_2PI_E, mask=in_rows)
 
 
@@ -113,7 +118,7 @@ def entropy_backward_kernel(
 ):  # fmt: skip
     first, rows, cols, in_rows, mask = _tile(num_rows, A, BLOCK_N, BLOCK_A)
     grad = tl.load(grad_ptr + first + rows, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-    std = _load(std_ptr, first, rows, cols, mask, STD_STRIDE, 1.0)
+    std = _load(std_ptr, first, rows, cols, mask, A, STD_STRIDE, 1.0)
     _store(grad_std_ptr, first, rows, cols, mask, grad / std, A, False)
 
 
@@ -124,14 +129,15 @@ def kl_kernel(
     MEAN_Q_STRIDE: tl.constexpr, STD_Q_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     first, rows, cols, in_rows, mask = _tile(num_rows, A, BLOCK_N, BLOCK_A)
-    mean_p = _load(mean_p_ptr, first, rows, cols, mask, MEAN_P_STRIDE, 0.0)
-    std_p = _load(std_p_ptr, first, rows, cols, mask, STD_P_STRIDE, 1.0)
-    mean_q = _load(mean_q_ptr, first, rows, cols, mask, MEAN_Q_STRIDE, 0.0)
-    std_q = _load(std_q_ptr, first, rows, cols, mask, STD_Q_STRIDE, 1.0)
+    mean_p = _load(mean_p_ptr, first, rows, cols, mask, A, MEAN_P_STRIDE, 0.0)
+    std_p = _load(std_p_ptr, first, rows, cols, mask, A, STD_P_STRIDE, 1.0)
+    mean_q = _load(mean_q_ptr, first, rows, cols, mask, A, MEAN_Q_STRIDE, 0.0)
+    std_q = _load(std_q_ptr, first, rows, cols, mask, A, STD_Q_STRIDE, 1.0)
     inv_q = reciprocal_or_nan(std_q)
     expm1, phi = ratio_terms(std_p, std_q, inv_q)
     value, _, _, _ = kl_terms(mean_p, mean_q, inv_q, expm1, phi)
-    tl.store(out_ptr + first + rows, tl.sum(value, 1), mask=in_rows)
+    total = tl.sum(tl.where(mask, value, 0.0), 1)  # the selection as in ppo_loss_kernel: no product before the sum
+    tl.store(out_ptr + first + rows, total, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["grad_ptr"])
@@ -142,10 +148,10 @@ def kl_backward_kernel(
 ):  # fmt: skip
     first, rows, cols, in_rows, mask = _tile(num_rows, A, BLOCK_N, BLOCK_A)
     grad = tl.load(grad_ptr + first + rows, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-    mean_p = _load(mean_p_ptr, first, rows, cols, mask, MEAN_P_STRIDE, 0.0)
-    std_p = _load(std_p_ptr, first, rows, cols, mask, STD_P_STRIDE, 1.0)
-    mean_q = _load(mean_q_ptr, first, rows, cols, mask, MEAN_Q_STRIDE, 0.0)
-    std_q = _load(std_q_ptr, first, rows, cols, mask, STD_Q_STRIDE, 1.0)
+    mean_p = _load(mean_p_ptr, first, rows, cols, mask, A, MEAN_P_STRIDE, 0.0)
+    std_p = _load(std_p_ptr, first, rows, cols, mask, A, STD_P_STRIDE, 1.0)
+    mean_q = _load(mean_q_ptr, first, rows, cols, mask, A, MEAN_Q_STRIDE, 0.0)
+    std_q = _load(std_q_ptr, first, rows, cols, mask, A, STD_Q_STRIDE, 1.0)
     inv_q = reciprocal_or_nan(std_q)
     expm1, phi = ratio_terms(std_p, std_q, inv_q)
     _, d_mean_p, d_log_std_p, d_log_std_q = kl_terms(mean_p, mean_q, inv_q, expm1, phi)

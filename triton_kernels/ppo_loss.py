@@ -39,7 +39,7 @@ def block_shape(num_actions: int) -> dict[str, int]:
     block_a = triton.next_power_of_2(num_actions)
     threads = 128
     elements = threads * (8 if num_actions % 4 == 0 else 4)
-    block_n = max(1, min(elements // block_a, 2 * threads))
+    block_n = max(1, min(elements // block_a, threads))
     return {"BLOCK_N": block_n, "BLOCK_A": block_a, "num_warps": min(32, max(4, block_n * block_a // 512 * 2))}
 
 
@@ -227,7 +227,9 @@ def ppo_loss_kernel(
 
         # --- the distribution: one element each
         z = (actions - mean) * inv_std
-        term = 0.5 * z * z
+        # by a selection: the product at its end would be fused with the sum's first addition, in each lane another one,
+        # and what the lanes of a row hold as its sum would differ in the last place
+        term = tl.where(mask, 0.5 * z * z, 0.0)
         if STD_STRIDE != 0:
             log_std = log_or_nan(std)
             term += log_std

@@ -5,6 +5,17 @@
 
 PYBIND11_MODULE(cuda_on_cpu, m) {
   pyfast_ppo::cuda::bind(m);
+  // called in place of each kernel: (its address, blocks, threads, [the bytes of each argument])
+  m.def("launch_with", [](const pybind11::object& launcher) {
+    const pybind11::handle kept = pybind11::object(launcher).release();  // for as long as the process lives
+    emulation::launcher = [kept](uintptr_t kernel, unsigned blocks, unsigned threads,
+                                 const std::vector<std::string>& arguments) {
+      const pybind11::gil_scoped_acquire gil;
+      pybind11::list bytes;
+      for (const std::string& argument : arguments) bytes.append(pybind11::bytes(argument));
+      kept(kernel, blocks, threads, bytes);
+    };
+  });
   // false: kernels are launched, but do nothing; for measuring what a launch costs the host
   m.def("run_kernels", [](bool run) { emulation::Machine::get().idle = !run; });
   // the numbers of CUDA's errors (0: none), the driver's version, and how many GPUs there are

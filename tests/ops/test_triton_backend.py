@@ -102,7 +102,7 @@ def test_sizes_and_slices_cost_no_compilation() -> None:
     loss, gae, normalize, kl = names[:4]
     assert loss == {"coefficient_tensors", "num_rows", "num_original"}
     assert gae == {"num_steps", "num_envs"}
-    assert normalize == {"num_moments", "size"}
+    assert normalize == {"num_moments"}  # the width of its loads hangs on the size
     assert kl == {"num_rows"}
     loss, gae, normalize, _ = names[4:]
     assert {"old_log_prob_ptr", "advantages_ptr", "returns_ptr", "values_ptr", "old_values_ptr", "kl_coef_ptr"} <= loss

@@ -269,6 +269,11 @@ struct cudaFuncAttributes {};
 
 namespace emulation {
 
+// Who runs a kernel in place of the machine above, if anybody: (its address, blocks, threads, the bytes of each
+// argument)
+using Launcher = std::function<void(uintptr_t, unsigned, unsigned, const std::vector<std::string>&)>;
+inline Launcher launcher;
+
 // What this machine pretends to be, for the tests of what is said when something is missing.
 struct Pretence {
   cudaError_t launch = cudaSuccess, devices = cudaSuccess, code = cudaSuccess;
@@ -321,6 +326,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (emulation::pretence.launch != cudaSuccess) return emulation::pretence.launch;
   if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
     return cudaErrorInvalidConfiguration;
+  }
+  if (emulation::launcher) {
+    const auto bytes = [](const auto& value) {
+      return std::string(reinterpret_cast<const char*>(&value), sizeof value);
+    };
+    emulation::launcher(reinterpret_cast<uintptr_t>(kernel), config->gridDim.x, config->blockDim.x,
+                        {bytes(static_cast<Parameters>(arguments))...});
+    return cudaSuccess;
   }
   ::emulation::Machine::get().run(config->gridDim, config->blockDim, [=] { kernel(arguments...); });
   return cudaSuccess;

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1]))
+
+import ptx
+
+
+@pytest.fixture(scope="session")
+def machine() -> ModuleType:
+    return ptx.load_machine()
