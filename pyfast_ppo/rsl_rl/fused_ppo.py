@@ -292,9 +292,9 @@ class FusedPPO(PPO):
             self._final_values.clear()  # of a rollout that was left without its returns
         if self.time_out_bootstrap == "final_obs" and "time_outs" in extras:
             extras = dict(extras)
-            time_outs = extras.pop("time_outs") != 0
+            time_outs = extras.pop("time_outs").bool()  # costs nothing where they are boolean already
             if "terminated" in extras:
-                time_outs = time_outs & (extras["terminated"] == 0).reshape_as(time_outs)
+                time_outs = time_outs & ~extras["terminated"].bool().reshape_as(time_outs)
             if extras.get("final_obs") is not None and self.storage.step < self.storage.num_transitions_per_env:
                 self._final_values.record(self.storage.step, extras["final_obs"], time_outs)
             else:  # PPO adds γ V(s_t) to the reward
