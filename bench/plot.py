@@ -29,13 +29,14 @@ def newest(folder: Path) -> dict | None:
 
 
 def documents(folder: Path) -> dict[str, dict]:
-    """Of each machine, by its name; with what learning.py found there, as "learning"."""
+    """Of each machine, by its name; with what learning.py and soak.py found there, under their names."""
     found = {path.name: newest(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     kept = {name: document for name, document in found.items() if document is not None}
     for name, document in kept.items():
-        learning = folder / name / "learning.json"
-        if learning.exists():
-            document["learning"] = json.loads(learning.read_bytes())
+        for subject in ("learning", "soak"):
+            path = folder / name / f"{subject}.json"
+            if path.exists():
+                document[subject] = json.loads(path.read_bytes())
     return kept
 
 

@@ -147,9 +147,8 @@ def _profile(document: dict) -> list[str]:
 
 def _learning(document: dict) -> list[str]:
     """Final returns and times of training, stock and fused; bench/learning.py has what the numbers are."""
-    if "learning" not in document:
-        raise ValueError("there are no results of 'learning' on this machine")
-    tasks, over = document["learning"]["tasks"], document["learning"]["over_all_tasks"]
+    result = _of_runs(document, "learning")
+    tasks, over = result["tasks"], result["over_all_tasks"]
     header = ["task", "seeds", "rsl_rl's PPO", "FusedPPO", "difference", "p", "× faster: `update`", "iteration"]
     table = [header]
     for name, task in tasks.items():
@@ -159,13 +158,46 @@ def _learning(document: dict) -> list[str]:
         table.append([*cells, *(_final(*(times[part]["times_faster"] for part in ("update", "iteration"))))])
     cells = ["all, as a share of what was learned", "", *_final(over["score_stock"], over["score_fused"])]
     table.append([*cells, *_final(over["fused_minus_stock"]), f"{over['permutation_p_value']:.2f}", "", ""])
-    made = {
-        f"{task['machine']['cpu']}, a thread for each run, torch {task['made_with']['torch']}, "
-        f"{task['machine']['date']}, commit {task['made_with']['commit']}: "
-        f"`python bench/learning.py --seeds {len(task['seeds'])}`"
-        for task in tasks.values()
-    }
+    made = {_made(task, f"bench/learning.py --seeds {len(task['seeds'])}") for task in tasks.values()}
     return [f"{'; '.join(sorted(made))} (Isaac Lab with `--isaaclab-python`)", "", *_table(table)]
+
+
+def _soak(document: dict) -> list[str]:
+    """What grows, and what an iteration takes, in long training runs; bench/soak.py has what the numbers are."""
+    result = _of_runs(document, "soak")
+    stable, times = result["stability"], result["times"]
+    table = [["", "rsl_rl's PPO", "FusedPPO", "FusedPPO by rsl_rl's PPO"]]
+    grows = {"heap_bytes": "memory that malloc has given out", "resident_bytes": "resident memory"}
+    for name, words in grows.items():
+        cells = _final(*(stable[arm]["growth_per_iteration"][name] for arm in ("stock", "fused")))
+        table.append([f"{words}: growth per iteration, bytes", *cells, ""])
+    drifts = [stable[arm]["last_by_first_quarter"] for arm in ("stock", "fused")] + [stable["drift_fused_by_stock"]]
+    cells = _final(*(drift["iteration_cpu_ms"] for drift in drifts))
+    table.append(["processor's time of an iteration: last quarter by first", *cells])
+    for part, words in {"collect": "collecting", "update": "`update`", "iteration": "iteration"}.items():
+        (faster,) = _final(times[part]["times_faster"])
+        table.append(
+            [f"{words}, ms", *_final(times[part]["ms_stock"], times[part]["ms_fused"]), f"{faster} times as fast"]
+        )
+    about = f"{result['task']}, {result['num_envs']} environments, {len(result['seeds'])} seeds of both"
+    command = f"bench/soak.py --iterations {result['iterations']} --seeds {len(result['seeds'])}"
+    return [f"{about}; {_made(result, command)}", "", *_table(table)]
+
+
+def _of_runs(document: dict, subject: str) -> dict:
+    """What bench/learning.py or bench/soak.py found."""
+    if subject not in document:
+        raise ValueError(f"there are no results of {subject!r} on this machine")
+    return document[subject]
+
+
+def _made(result: dict, command: str) -> str:
+    """Where and with what training runs were made."""
+    about, versions = result["machine"], result["made_with"]
+    return (
+        f"{about['cpu']}, a thread for each run, torch {versions['torch']}, {about['date']}, "
+        f"commit {versions['commit']}: `python {command}`"
+    )
 
 
 def _final(*estimates: dict) -> list[str]:
@@ -212,4 +244,5 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "parts": _parts,
     "profile": _profile,
     "learning": _learning,
+    "soak": _soak,
 }

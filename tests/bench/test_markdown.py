@@ -53,10 +53,11 @@ def test_profile(document):
     assert "| cartpole | between operations |  |  |  |" in "\n".join(lines)
 
 
-def test_learning(document):
-    def interval(estimate: float) -> dict:
-        return {"estimate": estimate, "low": 0.9 * estimate, "high": 1.1 * estimate}
+def interval(estimate: float) -> dict:
+    return {"estimate": estimate, "low": 0.9 * estimate, "high": 1.1 * estimate}
 
+
+def test_learning(document):
     score = {"score_stock": interval(1.0), "score_fused": interval(0.99)}
     over = {**score, "fused_minus_stock": interval(-0.01), "permutation_p_value": 0.7}
     returns = {"final_return_stock": interval(500.0), "final_return_fused": interval(510.0)}
@@ -75,12 +76,34 @@ def test_learning(document):
     assert everything.endswith("| -0.01 (-0.009 to -0.011) | 0.70 |  |  |")
 
 
+def test_soak(document):
+    arm = {
+        "growth_per_iteration": {"heap_bytes": interval(10.0), "resident_bytes": interval(200.0)},
+        "last_by_first_quarter": {"iteration_cpu_ms": interval(0.9)},
+    }
+    part = {"ms_stock": interval(20.0), "ms_fused": interval(10.0), "times_faster": interval(2.0)}
+    document["soak"] = {
+        "machine": {"date": "2026-01-01", "cpu": "Abacus"},
+        "made_with": {"torch": "2.0", "commit": "abc"},
+        **{"task": "Pole", "num_envs": 128, "iterations": 2000, "seeds": [1, 2, 3]},
+        "stability": {"stock": arm, "fused": arm, "drift_fused_by_stock": {"iteration_cpu_ms": interval(1.0)}},
+        "times": dict.fromkeys(("collect", "update", "iteration"), part),
+    }
+    measured, _, _, _, heap, _, drift, collect, *_ = table_of("soak", document)
+    assert measured.startswith("Pole, 128 environments, 3 seeds of both; Abacus, ")
+    assert measured.endswith("2026-01-01, commit abc: `python bench/soak.py --iterations 2000 --seeds 3`")
+    assert heap.endswith("growth per iteration, bytes | 10 (9 to 11) | 10 (9 to 11) |  |")
+    assert drift.endswith("last quarter by first | 0.9 (0.81 to 0.99) | 0.9 (0.81 to 0.99) | 1 (0.9 to 1.1) |")
+    assert collect == "| collecting, ms | 20 (18 to 22) | 10 (9 to 11) | 2 (1.8 to 2.2) times as fast |"
+
+
 @pytest.mark.parametrize(
     ("page", "message"),
     [
         ("<!-- results: losses some-machine -->\n<!-- /results -->", "no table 'losses'; there are: loss, "),
         ("<!-- results: loss abacus -->\n<!-- /results -->", "no results of 'abacus'; there are those of: some-mach"),
         ("<!-- results: gae some-machine -->\n<!-- /results -->", "no results of 'gae' on this machine"),
+        ("<!-- results: soak some-machine -->\n<!-- /results -->", "no results of 'soak' on this machine"),
     ],
 )
 def test_what_is_not_there(page, message, document):

@@ -1,16 +1,17 @@
-"""The soak's analysis: silent on what is flat, and not on a leak or a slowdown."""
+"""The soak's analysis: silent on what is flat, and not on a leak, a slowdown, or runs that cannot tell."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import sys
 
 import pytest
 import soak
 import torch
 from made_up_records import LOOKS, record
-from runs import training
+from runs import results, training
 from runs.swing_up import CartPoleSwingUp
 from runs.training import SWING_UP, Spec
 from soak import condensed, findings, stability
@@ -76,6 +77,25 @@ def test_that_of_the_machine_is_not() -> None:
     report = stability(slow_machine, ITERATIONS)
     assert report["fused"]["last_by_first_quarter"]["learn_cpu_ms"]["low"] > 1.2
     assert findings(report) == []
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.05, 0), (0.4, 1)])
+def test_runs_that_cannot_tell_say_so(share: float, told: int) -> None:
+    """Five runs, each of which becomes faster or slower by its own share, and none of them on average."""
+    unsteady = arms()
+    for fused, of_all in zip(unsteady["fused"], (-1.0, -0.5, 0.0, 0.5, 1.0), strict=True):
+        times = fused["learn_cpu_ms"]
+        fused["learn_cpu_ms"] = [ms * (1.0 + of_all * share * (i / len(times) - 0.5)) for i, ms in enumerate(times)]
+    said = findings(stability(unsteady, ITERATIONS))
+    assert len(said) == told
+    beginning = "cannot tell whether learn_cpu_ms becomes slower: the last quarter is 0.7"
+    assert all(sentence.startswith(beginning) for sentence in said)
+
+
+def test_growth_that_is_left_open_is_said() -> None:
+    report = stability(arms(), ITERATIONS)
+    report["fused"]["growth_per_iteration"]["heap_bytes"] = {"estimate": 10.0, "low": -80.0, "high": 100.0}
+    assert findings(report) == ["cannot tell whether heap_bytes grows: -80 to 100 per iteration"]
 
 
 def test_a_machine_that_is_disturbed_for_a_while_is_no_slowdown() -> None:
@@ -184,3 +204,11 @@ def test_a_pole_that_nobody_pushes_keeps_swinging_at_its_energy() -> None:
         cosines.append(float(obs["policy"][0, 3]))
     assert max(cosines) == pytest.approx(torch.tensor(2.0).cos().item(), abs=0.1)
     assert min(cosines) == pytest.approx(-1.0, abs=0.05)
+
+
+def test_the_result_that_is_kept_has_the_findings_of_this_script() -> None:
+    kept = sorted((results.ROOT / "bench" / "results").glob("*/soak.json"))
+    assert kept
+    for path in kept:
+        result = json.loads(path.read_bytes())
+        assert result["findings"] == findings(result["stability"]), path
