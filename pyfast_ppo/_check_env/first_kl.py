@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from pyfast_ppo._check_env.calls import EnvironmentRaised, call
 from pyfast_ppo._check_env.finding import Finding
 from pyfast_ppo._check_env.groups import changed
-from pyfast_ppo.rsl_rl import FusedPPO
+from pyfast_ppo.rsl_rl.fused_ppo import NORMALIZES_IN_UPDATE, FusedPPO
 
 _FIRST_KL = 1e-8
 """Nats. float32 gives 1e-12 or less between acting and updating, bfloat16 1e-7 or more."""
@@ -73,7 +72,7 @@ def _compare_policies(alg: Any, moved: list[str]) -> Finding | None:
         return None
     is_note = False
     if moved:
-        is_note = _rsl_rl_normalizes_while_acting()
+        is_note = not NORMALIZES_IN_UPDATE
         if is_note and isinstance(alg, FusedPPO):  # its learning rate waits for the first step
             return None
         cause = f"{', '.join(sorted({name.partition('.')[0] for name in moved}))} moved while the rollout was collected"
@@ -101,10 +100,6 @@ def _compare_policies(alg: Any, moved: list[str]) -> Finding | None:
         mend,
         is_note,
     )
-
-
-def _rsl_rl_normalizes_while_acting() -> bool:
-    return tuple(int(part) for part in version("rsl-rl-lib").split(".")[:2]) < (5, 5)
 
 
 def _is_random(alg: Any, batch: Any) -> bool:

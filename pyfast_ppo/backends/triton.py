@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyfast_ppo.backends._scratch import ScratchPool, current_stream
 from pyfast_ppo.reference import METRICS
+from pyfast_ppo.versions import release
 
 # Triton's interpreter runs the kernels on the CPU, slowly. To be set before triton is imported for the first time.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,7 +42,7 @@ def unavailable_reason() -> str | None:
         version = importlib.import_module("triton").__version__
     except ImportError as error:
         return f"triton cannot be imported ({error}); run `pip install triton`"
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+    if release(version) < OLDEST:
         return f"triton {version} is too old; run `pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'`"
     if INTERPRETED:
         return None

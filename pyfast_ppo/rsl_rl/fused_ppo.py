@@ -46,15 +46,20 @@ from pyfast_ppo.rsl_rl.policy import (
 from pyfast_ppo.rsl_rl.ranks import standardized_over_ranks
 from pyfast_ppo.rsl_rl.streams import beside
 from pyfast_ppo.schedules import RslRlScheduleBefore5
+from pyfast_ppo.versions import release
 
 logger = logging.getLogger(__name__)
 
 # rsl_rl updates the observation normalizers once per iteration since 5.5, in update(); before, at each step of the
 # environment
-_NORMALIZES_IN_UPDATE = tuple(int(part) for part in version("rsl-rl-lib").split(".")[:2]) >= (5, 5)
+NORMALIZES_IN_UPDATE = release(version("rsl-rl-lib")) >= (5, 5)
 
-BOOTSTRAPS = ("final_obs", "rsl_rl")
-NONFINITE = ("skip", "raise", "ignore")
+_CHOICES = {
+    "kl_direction": KL_DIRECTIONS,
+    "kl_rule": tuple(KL_RULES),
+    "time_out_bootstrap": ("final_obs", "rsl_rl"),
+    "nonfinite": ("skip", "raise", "ignore"),
+}
 _CHECKPOINT_KEY = "pyfast_ppo"
 _PIECE_BYTES = 2**21  # of the widest layer's activations
 
@@ -144,8 +149,10 @@ class FusedPPO(PPO):
                 exactly 0: what PPO does in mixed precision, where rounding does not hide that KL.
 
         Raises:
-            ValueError: An unknown backend, direction or rule; a ``kl_target`` without a ``kl_coef``; one of these with
-                a policy that is not a diagonal Gaussian; ``early_stop_kl`` with an optimizer that cannot skip a step.
+            ValueError: An unknown ``backend``, ``kl_direction``, ``kl_rule``, ``time_out_bootstrap`` or ``nonfinite``;
+                a ``kl_target`` without a ``kl_coef``; ``reshuffle`` with recurrent models; ``kl_coef``, ``kl_rule``,
+                ``early_stop_kl``, ``reshuffle`` or ``nonfinite="raise"`` with a policy that is not a diagonal Gaussian;
+                ``early_stop_kl`` with an optimizer that cannot skip a step.
             RuntimeError: The backend is not available.
         """
         super().__init__(*args, **kwargs)
@@ -156,16 +163,13 @@ class FusedPPO(PPO):
                 "No fused backend for %s: FusedPPO runs plain PyTorch, no faster than PPO; see `pyfast-ppo doctor`.",
                 self.device,
             )
-        if kl_direction not in KL_DIRECTIONS:
-            raise ValueError(f"kl_direction must be one of {KL_DIRECTIONS}, got {kl_direction!r}")
-        if kl_rule not in KL_RULES:
-            raise ValueError(f"kl_rule must be one of {tuple(KL_RULES)}, got {kl_rule!r}")
-        if time_out_bootstrap not in BOOTSTRAPS:
-            raise ValueError(f"time_out_bootstrap must be one of {BOOTSTRAPS}, got {time_out_bootstrap!r}")
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
+        _check_names(
+            kl_direction=kl_direction, kl_rule=kl_rule, time_out_bootstrap=time_out_bootstrap, nonfinite=nonfinite
+        )
         if kl_target is not None and not kl_coef > 0.0:
             raise ValueError(f"kl_target adapts kl_coef, which must then be positive at the start, got {kl_coef}")
+        if reshuffle and self._recurrent:
+            raise ValueError("reshuffle needs feed-forward models: the mini-batches of recurrent ones are not drawn")
         self.backend = backend
         self._on_cpu_kernels = selected.name == "cpu"
         self._piece_rows = _PIECE_BYTES // (4 * widest_layer(self._raw_actor, self._raw_critic)) or 1
@@ -182,12 +186,10 @@ class FusedPPO(PPO):
             critic,
             [*critic.obs_groups, *getattr(critic, "obs_groups_2d", [])],
             self.storage.values,
-            at_once=not critic.is_recurrent and (_NORMALIZES_IN_UPDATE or not critic.obs_normalization),
+            at_once=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not critic.obs_normalization),
         )
 
         self.reshuffle = reshuffle
-        if reshuffle and self._recurrent:
-            raise ValueError("reshuffle needs feed-forward models: the mini-batches of recurrent ones are not drawn")
         self.global_advantage_statistics = global_advantage_statistics
         self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
 
@@ -228,7 +230,7 @@ class FusedPPO(PPO):
         chosen = {"kl_coef": self.kl_coef != 0.0, "early_stop_kl": self.early_stop_kl is not None}
         chosen |= {"kl_rule": self.kl_rule != "rsl_rl", "reshuffle": self.reshuffle}
         chosen["nonfinite"] = self.nonfinite == "raise"
-        for name in (name for name, is_chosen in chosen.items() if is_chosen):
+        if name := next((name for name, is_chosen in chosen.items() if is_chosen), None):
             raise ValueError(f"{name} needs a diagonal Gaussian policy: {reason}")
         self._stock_reason = reason
         logger.warning("The loss runs on rsl_rl's own formula: %s.", reason)
@@ -348,7 +350,7 @@ class FusedPPO(PPO):
         if self._recurrent:
             return "recurrent models have states, and mini-batches of changing shapes"
         normalized = self._raw_actor.obs_normalization or self._raw_critic.obs_normalization
-        if normalized and not _NORMALIZES_IN_UPDATE:
+        if normalized and not NORMALIZES_IN_UPDATE:
             return "rsl_rl before 5.5 moves its normalizers to other memory in each rollout"
         return None
 
@@ -407,7 +409,7 @@ class FusedPPO(PPO):
         self._raise_if_lost(loss_dict)
         self._iteration += 1
 
-        if _NORMALIZES_IN_UPDATE:
+        if NORMALIZES_IN_UPDATE:
             models = [self._raw_actor, self._raw_critic, *([self.rnd] if self.rnd else [])]
             with statistics_in_place(models, finite_only=self.nonfinite != "ignore"):
                 obs = self.storage.observations.flatten(0, 1)
@@ -460,7 +462,7 @@ class FusedPPO(PPO):
 
     def _steps(self) -> Run:
         """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
-        run = Run(self._metric_names(), self.kl_coef if self._penalty_coef is None else self._penalty_coef)
+        run = Run(self.kl_coef if self._penalty_coef is None else self._penalty_coef)
         self._kl_control.begin()
         compiled = self.actor is not self._raw_actor
         models = () if compiled else (self._raw_actor, self._raw_critic)
@@ -537,11 +539,12 @@ class FusedPPO(PPO):
         rows = []
         for piece in pieces:
             share = piece.observations.batch_size[0] / num_rows
-            row = self._backward(piece, share, run.kl_coef)
+            metrics, rule_kl = self._backward(piece, share, run.kl_coef)
+            row = torch.stack([*metrics.values(), rule_kl])
             rows.append(row if share == 1.0 else row * share)
-        rule_kl, *_ = metrics = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
-        run.metrics.append(metrics[1:])
-        self._kl_control.before_step(run, metrics[1 + self._metric_names().index("kl")], rule_kl)
+        row = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
+        run.add(list(metrics), row[:-1])
+        self._kl_control.before_step(run, row[-1])
         self._apply(run)
 
     def _pieces(self, batch: RolloutStorage.Batch) -> list[RolloutStorage.Batch]:
@@ -553,11 +556,13 @@ class FusedPPO(PPO):
             return [batch]
         return [rows_of(batch, slice(i, i + self._piece_rows)) for i in range(0, num_rows, self._piece_rows)]
 
-    def _backward(self, batch: RolloutStorage.Batch, share: float, kl_coef: float | Tensor) -> Tensor:
+    def _backward(
+        self, batch: RolloutStorage.Batch, share: float, kl_coef: float | Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Forward and backward of a mini-batch, or of a piece of one that has this share of its rows.
 
-        Gradients are added to those that there are. Returns the KL for the rule of the learning rate, and the entries
-        of ``loss_dict``, in the order of ``_metric_names``.
+        Gradients are added to those that there are. Returns entries of ``loss_dict``, and the KL for the rule of the
+        learning rate.
         """
         original_batch_size = batch.observations.batch_size[0]
         augmented = self.symmetry is not None and self.symmetry.use_data_augmentation
@@ -623,9 +628,11 @@ class FusedPPO(PPO):
 
         new_std = std.detach() if std.dim() == 1 else std[:num_original].detach()
         rule_kl = self._rule_kl(out, (old_mean, old_std, mean[:num_original].detach(), new_std))
-        losses = [loss.detach().to(out.loss.dtype) for loss in (rnd_loss, symmetry_loss) if loss is not None]
-        row = [rule_kl, out.value_loss, out.surrogate, out.entropy, *losses]
-        return torch.stack([*row, out.kl, out.clip_fraction, out.approx_kl])
+        metrics = {"value": out.value_loss, "surrogate": out.surrogate, "entropy": out.entropy}
+        for name, loss in (("rnd", rnd_loss), ("symmetry", symmetry_loss)):
+            if loss is not None:
+                metrics[name] = loss.detach().to(out.loss.dtype)
+        return metrics | {"kl": out.kl, "clip_fraction": out.clip_fraction, "approx_kl": out.approx_kl}, rule_kl
 
     def _rule_kl(self, out: PPOLossOutput, policies: tuple[Tensor, ...]) -> Tensor:
         """What the rule of the learning rate is fed with. ``policies``: means and stds, old and new."""
@@ -659,15 +666,6 @@ class FusedPPO(PPO):
         enabled = getattr(self, "use_mixed_precision", False)
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=enabled)
 
-    # --- metrics
-    # ------------------------------------------------------------------------------------------------------------
-
-    def _metric_names(self) -> list[str]:
-        names = ["value", "surrogate", "entropy"]
-        names += ["rnd"] if self.rnd else []
-        names += ["symmetry"] if self.symmetry else []
-        return [*names, "kl", "clip_fraction", "approx_kl"]
-
     # --- checkpoints
     # -----------------------------------------------------------------------------------------------------------
 
@@ -697,3 +695,10 @@ class FusedPPO(PPO):
             if self._kl_control.penalty is not None and (load_cfg is None or load_cfg.get("optimizer")):
                 self.kl_coef = loaded_dict.get(_CHECKPOINT_KEY, {}).get("kl_coef", self.kl_coef)
         return iteration
+
+
+def _check_names(**chosen: str) -> None:
+    """Each is one of those that there are of its kind."""
+    for option, name in chosen.items():
+        if name not in _CHOICES[option]:
+            raise ValueError(f"{option} must be one of {_CHOICES[option]}, got {name!r}")

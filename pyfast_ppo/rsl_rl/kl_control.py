@@ -71,10 +71,11 @@ class KLControl:
         if self.adaptive:
             self.rate.begin()
 
-    def before_step(self, run: Run, kl: Tensor, rule_kl: Tensor) -> None:
-        """A mini-batch has this KL, and this one for the rule of the learning rate; its step is still to be taken."""
+    def before_step(self, run: Run, rule_kl: Tensor) -> None:
+        """The last mini-batch has this KL for the rule of the learning rate; its step is still to be taken."""
         stopped_before = run.stopped
         if self._early_stop is not None:
+            (kl,) = run.last_kls(1)
             run.stopped = self._early_stop.update(mean_over_ranks(kl, self._world_size), run.stopped)
             run.skipped.append(run.stopped)
         if self.adaptive:

@@ -11,10 +11,10 @@ from torch import Tensor
 class Run:
     """What one update collects: tensors on the device, in the order of the mini-batches."""
 
-    def __init__(self, names: list[str], kl_coef: float | Tensor) -> None:
-        """``names``: of a mini-batch's metrics; "kl" is one of them."""
-        self._names = names
+    def __init__(self, kl_coef: float | Tensor) -> None:
+        """``kl_coef``: what the update begins with."""
         self.kl_coef: Any = kl_coef  # a 0-dim tensor if it adapts
+        self._names: list[str] = []
         self.metrics: list[Tensor] = []  # a row for each mini-batch, as the names
         self.rule_kls: list[Tensor] = []  # what the rule for the learning rate was fed
         self.rates: list[Tensor] = []
@@ -22,6 +22,11 @@ class Run:
         self.stopped: Tensor | None = None
         self.skipped: list[Tensor] = []
         self.lost: list[Tensor] = []  # steps whose gradients were not finite
+
+    def add(self, names: list[str], metrics: Tensor) -> None:
+        """The metrics of a mini-batch, [number of names]; "kl" is one of the names, which are the same each time."""
+        self._names = names
+        self.metrics.append(metrics)
 
     def last_kls(self, count: int) -> list[Tensor]:
         """The KL at each of the last mini-batches. 0-dim each."""

@@ -18,7 +18,7 @@ from graph_on_cpu import use_graphs_on_cpu
 from rsl_rl.algorithms import PPO
 
 from pyfast_ppo.rsl_rl import FusedPPO
-from pyfast_ppo.rsl_rl.fused_ppo import _NORMALIZES_IN_UPDATE
+from pyfast_ppo.rsl_rl.fused_ppo import NORMALIZES_IN_UPDATE
 
 WORLD_SIZE = 2
 ITERATIONS = 8
@@ -52,7 +52,7 @@ def train(algorithm: str, rank: int, nudge: float = 0.0, **args: object) -> dict
 
 def make(rank: int, num_envs: int, multi_gpu: dict | None, args: dict) -> FusedPPO:
     # before 5.5 normalizers follow the environment, which the half does not step
-    model = {"obs_normalization": _NORMALIZES_IN_UPDATE}
+    model = {"obs_normalization": NORMALIZES_IN_UPDATE}
     cfg = make_config(FUSED, args=dict(args), actor=dict(model), critic=dict(model))
     cfg["multi_gpu"] = multi_gpu
     env = PointEnv(num_envs=num_envs, seed=rank)

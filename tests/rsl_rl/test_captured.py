@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyfast_ppo.rsl_rl import FusedPPO, captured
-from pyfast_ppo.rsl_rl.fused_ppo import _NORMALIZES_IN_UPDATE
+from pyfast_ppo.rsl_rl.fused_ppo import NORMALIZES_IN_UPDATE
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -60,7 +60,7 @@ def test_a_replay_gives_the_bits_of_the_update(case: dict, new_run: Callable, gr
     """Over iterations with new data each: parameters, rates, losses."""
     plain = new_run(FUSED, **{**case, "args": {**case["args"], "backend": "eager"}}).learn(ITERATIONS)
     run = new_run(FUSED, **with_graph(case)).learn(ITERATIONS)
-    if case is CASES["normalized"] and not _NORMALIZES_IN_UPDATE:
+    if case is CASES["normalized"] and not NORMALIZES_IN_UPDATE:
         assert "moves its normalizers" in run.alg._captured.reason
         assert run.alg._captured_rollout is None
         return

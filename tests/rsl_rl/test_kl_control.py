@@ -29,9 +29,9 @@ def test_diagnostics_of_an_update(new_run: Callable) -> None:
     run = new_run(FUSED, args={**SPLIT, "schedule": "adaptive", "desired_kl": 0.01, "learning_rate": 3e-3})
     kls = []
     before_step = run.alg._kl_control.before_step
-    run.alg._kl_control.before_step = lambda update, kl, rule_kl: (
+    run.alg._kl_control.before_step = lambda update, kl: (
         kls.append(float(kl)),
-        before_step(update, kl, rule_kl),
+        before_step(update, kl),
     )
     run.learn(1)
     losses = run.losses[0]
@@ -90,9 +90,9 @@ def test_the_proportional_rule_acts_once_per_update(new_run: Callable) -> None:
     run = new_run(FUSED, args=args)
     kls = []
     before_step = run.alg._kl_control.before_step
-    run.alg._kl_control.before_step = lambda update, kl, rule_kl: (
+    run.alg._kl_control.before_step = lambda update, kl: (
         kls.append(kl),
-        before_step(update, kl, rule_kl),
+        before_step(update, kl),
     )
     run.learn(2)
     first, second = run.rates[:STEPS], run.rates[STEPS:]
@@ -159,9 +159,9 @@ def test_the_penalty_follows_the_kl(new_run: Callable) -> None:
     run = new_run(FUSED, args=args)
     kls = []
     before_step = run.alg._kl_control.before_step
-    run.alg._kl_control.before_step = lambda update, kl, rule_kl: (
+    run.alg._kl_control.before_step = lambda update, kl: (
         kls.append(kl),
-        before_step(update, kl, rule_kl),
+        before_step(update, kl),
     )
     run.learn(3)
     coef, rule = torch.tensor(0.5), AdaptivePenalty(1e-4)

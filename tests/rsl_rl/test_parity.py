@@ -27,6 +27,7 @@ from rsl_rl.modules.distribution import HeteroscedasticGaussianDistribution
 from torch import Tensor
 
 from pyfast_ppo.rsl_rl import fused_ppo
+from pyfast_ppo.versions import release
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 MARGIN = 10.0
@@ -154,8 +155,8 @@ def fused_config(feature: str, **args: object) -> dict:
 def test_rsl_rl_is_the_version_that_its_metadata_says() -> None:
     """FusedPPO goes by the metadata; a second rsl_rl on the path would be taken for another version."""
     print("rsl-rl-lib", version("rsl-rl-lib"), inspect.getfile(PPO))
-    since_5_5 = tuple(int(part) for part in version("rsl-rl-lib").split(".")[:2]) >= (5, 5)
-    assert since_5_5 == HAS_MIXED_PRECISION == NORMALIZES_IN_UPDATE == fused_ppo._NORMALIZES_IN_UPDATE
+    since_5_5 = release(version("rsl-rl-lib")) >= (5, 5)
+    assert since_5_5 == HAS_MIXED_PRECISION == NORMALIZES_IN_UPDATE == fused_ppo.NORMALIZES_IN_UPDATE
 
 
 @pytest.mark.parametrize(
