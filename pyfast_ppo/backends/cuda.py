@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfast_ppo.backends import _extension
+from pyfast_ppo.backends import _extension, _gpu
 from pyfast_ppo.backends._outputs import gradient_of, gradient_of_both
 from pyfast_ppo.backends._scratch import ScratchPool, current_stream
 from pyfast_ppo.reference import METRICS, arithmetic_dtype
@@ -31,9 +31,7 @@ def unavailable_reason() -> str | None:
         return _REASON
     if _cuda is None:
         return _C.cuda_note
-    if not torch.cuda.is_available():
-        return "torch finds no GPU" if torch.version.cuda else "this build of torch has no CUDA"
-    return _cuda.unavailable_reason() or None
+    return _gpu.missing_reason() or _cuda.unavailable_reason() or None
 
 
 def detail() -> str:

@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pyfast_ppo.backends import _gpu
+from pyfast_ppo.backends._outputs import gradient_of, gradient_of_both
 from pyfast_ppo.backends._scratch import ScratchPool, current_stream
 from pyfast_ppo.reference import METRICS
 from pyfast_ppo.versions import release
@@ -46,8 +48,8 @@ def unavailable_reason() -> str | None:
         return f"triton {version} is too old; run `pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'`"
     if INTERPRETED:
         return None
-    if not torch.cuda.is_available():
-        return "torch finds no GPU" if torch.version.cuda else "this build of torch has no CUDA"
+    if reason := _gpu.missing_reason():
+        return reason
     # as triton/runtime/build.py looks for one: what starts a kernel is C, built once (3.9) or per signature (3.6)
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
@@ -102,10 +104,6 @@ def _options() -> dict[str, bool]:
     return {} if INTERPRETED else {"enable_fp_fusion": True}
 
 
-def _contiguous_grad(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +139,7 @@ def ppo_loss(
     num_partials = (kernels.NUM_SUMS.value + shape["BLOCK_A"]) * max_programs
     scratch = _scratch.get(device, current_stream(device), num_partials, dtype, keep_scratch)
     metrics = torch.empty(len(METRICS), dtype=torch.float32, device=device)
-    grads = _contiguous_grad(mean), _contiguous_grad(std), _contiguous_grad(values)
+    grads = gradient_of(mean), gradient_of(std), gradient_of(values)
     matrices = [_matrix(t) for t in (mean, std, actions, old_mean, old_std)]
     (mean, mean_stride), (std, std_stride), (actions, actions_stride) = matrices[:3]
     (old_mean, old_mean_stride), (old_std, old_std_stride) = matrices[3:]
@@ -321,7 +319,6 @@ def _gradients(
         if t.dim() == 1:  # partial sums, one row per program
             outputs.append(torch.empty(programs, num_actions, dtype=torch.float32, device=t.device))
         else:
-            dtype = t.dtype if other is None else torch.promote_types(t.dtype, other.dtype)
-            outputs.append(torch.empty(t.shape, dtype=dtype, device=t.device))
+            outputs.append(gradient_of(t) if other is None else gradient_of_both(t, other))
     _launch(kernel, (grad.contiguous(),), inputs, outputs)
     return tuple(o.sum(0).to(t.dtype) if t.dim() == 1 else o for o, t in zip(outputs, of, strict=True))

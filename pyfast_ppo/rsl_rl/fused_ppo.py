@@ -18,10 +18,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from pyfast_ppo import backends
-from pyfast_ppo.ops._arguments import is_shared_row
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, PPOLossOutput, ppo_loss_and_grad
+from pyfast_ppo.ops.shared_row import is_shared_row
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, matmul_precision, modes
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl

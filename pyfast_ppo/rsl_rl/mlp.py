@@ -1,6 +1,4 @@
-"""rsl_rl's MLPs in an update: on the CPU bias and activation in one pass over memory, forward and backward; and their
-observations without a copy.
-"""
+"""rsl_rl's MLPs in an update: which hidden layers run fused on the CPU, and observations without a copy."""
 
 from __future__ import annotations
 
@@ -12,38 +10,8 @@ import torch.nn as nn
 from rsl_rl.models import MLPModel
 from rsl_rl.modules import MLP, EmpiricalNormalization
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pyfast_ppo.backends import cpu
-
-
-class _HiddenLayers(torch.autograd.Function):
-    """x [N, H₀] -> elu(x Wᵀ + b) [N, H₁] -> …; ``parameters``: W and b of each layer."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
-        outputs, weights = [x], parameters[::2]
-        for weight, bias in zip(weights, parameters[1::2], strict=True):
-            outputs.append(cpu.add_bias_and_elu(torch.mm(outputs[-1], weight.t()), bias))
-        ctx.save_for_backward(*outputs, *weights)
-        return outputs[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.saved_tensors) // 2
-        outputs, weights = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
-        needs_x, *needs = ctx.needs_input_grad
-        grads: list[Tensor | None] = []
-        grad = grad.contiguous()
-        for i in reversed(range(count)):
-            last = i == count - 1  # its gradient is autograd's, the others are our own
-            grad, grad_bias = cpu.add_bias_and_elu_backward(grad, outputs[i + 1], in_place=not last)
-            grad_weight = torch.mm(grad.t(), outputs[i]) if needs[2 * i] else None
-            grads[:0] = [grad_weight, grad_bias]
-            if i > 0 or needs_x:
-                grad = torch.mm(grad, weights[i])
-        return grad if needs_x else None, *grads
+from pyfast_ppo.ops.hidden_layers import hidden_layers
 
 
 @contextmanager
@@ -122,7 +90,7 @@ def _forward_of(mlp: MLP, steps: list[nn.Module | list[nn.Linear]]) -> Callable[
             return MLP.forward(mlp, x)
         for step in steps:
             if isinstance(step, list):
-                x = _HiddenLayers.apply(x, *(parameter for layer in step for parameter in (layer.weight, layer.bias)))
+                x = hidden_layers(x, *(parameter for layer in step for parameter in (layer.weight, layer.bias)))
             else:
                 x = step(x)
         return x

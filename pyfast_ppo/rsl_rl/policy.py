@@ -14,7 +14,7 @@ from rsl_rl.storage import RolloutStorage
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyfast_ppo.ops._arguments import is_shared_row
+from pyfast_ppo.ops.shared_row import is_shared_row
 
 _FORMULAS = ("log_prob", "kl_divergence", "entropy", "params", "mean", "std")
 _MODEL_FORMULAS = ("get_output_log_prob", "get_kl_divergence", "output_entropy", "output_distribution_params")

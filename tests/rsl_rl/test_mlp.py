@@ -26,13 +26,13 @@ FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Rows, and the widths of the fused layers that they went through."""
-    seen, apply = [], mlp_file._HiddenLayers.apply
+    seen, fused = [], mlp_file.hidden_layers
 
     def counted(x: Tensor, *parameters: Tensor) -> Tensor:
         seen.append((len(x), *(bias.numel() for bias in parameters[1::2])))
-        return apply(x, *parameters)
+        return fused(x, *parameters)
 
-    monkeypatch.setattr(mlp_file._HiddenLayers, "apply", counted)
+    monkeypatch.setattr(mlp_file, "hidden_layers", counted)
     return seen
 
 
@@ -151,6 +151,14 @@ def test_frozen_weights_and_gradients_that_are_not_contiguous() -> None:
     ours, x.grad = x.grad, None
     model.mlp(x).t().sum().backward()
     torch.testing.assert_close(ours, x.grad)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    model, x = model_of(MLP(4, 2, [8])), torch.randn(5, 4, requires_grad=True)
+    with fused_hidden_layers(model):
+        (grad,) = torch.autograd.grad(model.mlp(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()
 
 
 # --- when they are left alone -----------------------------------------------------------------------------------------

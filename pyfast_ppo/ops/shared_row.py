@@ -1,0 +1,40 @@
+"""A row [A] that stands for all N: rsl_rl's Normal expands the std, which is one, to [N, A]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_shared_row(t: Tensor) -> bool:
+    """Whether [..., A] is an expanded view of one row: stride 0 in every leading dimension that has more than one
+    entry.
+
+    A leaf that requires a gradient is not: each of its elements then has a gradient of its own.
+    """
+    if t.dim() < 2 or 0 not in t.stride() or (t.is_leaf and t.requires_grad):
+        return False
+    leading = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
+    return bool(leading) and all(stride == 0 for stride in leading)
+
+
+class SharedRow(torch.autograd.Function):
+    """The row [A] behind an expanded view [..., A].
+
+    The gradient of the row goes back in equal parts to the N rows of the view. Whatever the view was expanded from sums
+    over them, so that it gets the row's gradient; no [N, A] memory is written.
+    """
+
+    @staticmethod
+    def forward(ctx, t: Tensor) -> Tensor:
+        ctx.shape = t.shape
+        return t[(0,) * (t.dim() - 1)].clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return spread_over_rows(grad, ctx.shape)
+
+
+def spread_over_rows(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient [A] of a shared row, in equal parts for each of the rows of [..., A]."""
+    return (grad / (shape.numel() // shape[-1])).expand(shape)
