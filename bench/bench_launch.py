@@ -20,7 +20,6 @@ from pyfast_ppo.bench import results, tables
 from pyfast_ppo.bench.harness import Timing
 from pyfast_ppo.bench.loss import gpu_backends
 from pyfast_ppo.bench.stock import COEFFICIENTS, make_mini_batch
-from pyfast_ppo.cli.bench import keep
 
 CASES = [(24_576, 12, True), (24_576, 12, False)]
 CALLS, ROUNDS, WARMUP_ROUNDS = 500, 30, 5
@@ -75,7 +74,7 @@ def main() -> int:
     results.add(document, "launch", rows, sum(sum(t["seconds"]) for t in rows[0]["contenders"].values()) * CALLS)
     print("\n".join(tables.blocks(rows)))
     if args.save is not None:
-        print(f"written: {keep(document, Path(__file__).parent / 'results', args.save)}")
+        print(f"written: {results.keep(document, Path(__file__).parent / 'results', args.save)}")
     return 0
 
 

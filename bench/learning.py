@@ -30,6 +30,8 @@ from runs.comparison import ARMS, compare_over_tasks, compare_returns, compare_t
 from runs.pairs import Pair, exit_status, gather, run_pairs, shared_config
 from runs.training import Spec
 
+from pyfast_ppo.pictures import GREY
+
 SUBJECT = "learning"
 _BINS = 16  # points of a curve
 
@@ -148,7 +150,7 @@ def _draw_task(cells: list[Axes], name: str, task: dict) -> None:
     per_step.annotate(results.difference_text(returns), (0.98, 0.03), **results.NOTE)
     for place, arm in enumerate(reversed(ARMS)):
         collect, update = (times[part][f"ms_{arm}"]["estimate"] for part in ("collect", "update"))
-        parts.barh(place, collect, color=results.GREY, height=0.6)
+        parts.barh(place, collect, color=GREY, height=0.6)
         parts.barh(place, update, left=collect, color=results.COLORS[arm], height=0.6)
         parts.annotate(f" update() {update:.0f} ms", (collect + update, place), va="center", fontsize=8)
     parts.set_yticks(range(len(ARMS)), [results.NAMES[arm] for arm in reversed(ARMS)])

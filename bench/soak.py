@@ -44,6 +44,8 @@ from runs.pairs import Pair, exit_status, gather, run_pairs, shared_config
 from runs.statistics import mean_interval
 from runs.training import SWING_UP, Spec
 
+from pyfast_ppo.pictures import GREY
+
 SUBJECT = "soak"
 NUM_ENVS = 128
 WARM_UP = 0.2  # share of a run
@@ -241,7 +243,7 @@ def _draw_finals(axes: Axes, result: dict) -> None:
     """A dot for each run, its pair joined to it; mean and standard deviation beside."""
     finals = {arm: final_returns(result["runs"][arm]) for arm in ARMS}
     for pair in zip(*finals.values(), strict=True):
-        axes.plot([0, 1], pair, color=results.GREY, linewidth=1, zorder=1)
+        axes.plot([0, 1], pair, color=GREY, linewidth=1, zorder=1)
     for place, arm in enumerate(ARMS):
         color = results.COLORS[arm]
         axes.plot([place] * len(finals[arm]), finals[arm], "o", color=color, markersize=5)

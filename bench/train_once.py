@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from runs.training import Spec, train
 
-from pyfast_ppo.cli.files import write_atomically
+from pyfast_ppo.files import write_atomically
 
 
 def main(spec_path: str, result_path: str, core: str) -> None:

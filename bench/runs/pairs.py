@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pyfast_ppo.cli.files import write_atomically
+from pyfast_ppo.files import write_atomically
 from runs.comparison import ARMS, final_return
 from runs.training import Spec
 

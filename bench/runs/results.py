@@ -19,14 +19,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from pyfast_ppo.bench.machine import cpu_name
-from pyfast_ppo.cli.files import write_atomically
+from pyfast_ppo.files import write_atomically
+from pyfast_ppo.pictures import GREY, STYLE
 from runs.comparison import ARMS, Arms, curves, random_numbers
 from runs.statistics import iqm_interval
 
 ROOT = Path(__file__).parents[2]
 COLORS = {"stock": "#cf222e", "fused": "#1f6feb"}
 NAMES = {"stock": "rsl_rl's PPO", "fused": "FusedPPO"}
-GREY, DARK = "#d0d7de", "#57606a"
+DARK = "#57606a"
 
 
 NOTE = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "fontsize": 8, "color": DARK}
@@ -65,7 +66,7 @@ def _rounded(value: object) -> object:
 @contextmanager
 def figure(path: Path, width: float, height: float):
     """A figure in the repository's style; written when the block ends."""
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawn)
         yield drawn

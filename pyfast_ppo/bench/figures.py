@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pyfast_ppo.bench.tables import duration
+from pyfast_ppo.pictures import GREY, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_GREY, _INK = "#d0d7de", "#24292f"
+_INK = "#24292f"
 _STYLES = {  # contender: colour, width, marker
     "rsl_rl": ("#cf222e", 2.2, "o"),
     "torch.compile": ("#d97706", 2.2, "s"),
@@ -63,7 +64,7 @@ def draw_loss(document: dict) -> bytes | None:
     bottom = grid[0].get_ylim()[0]
     for axes, (x, fixed, sweep) in zip(grid, panels, strict=True):
         at, floor = [row["case"][x] for row in sweep], [row["floor"]["median_s"] for row in sweep]
-        axes.fill_between(at, floor, bottom, color=_GREY, alpha=0.5, linewidth=0)
+        axes.fill_between(at, floor, bottom, color=GREY, alpha=0.5, linewidth=0)
         axes.set_xlabel(("rows N" if x == "N" else "actions A") + f"   ({fixed} = {sweep[0]['case'][fixed]:,})")
     grid[0].set_ylim(bottom=bottom)
     grid[0].set_ylabel("time of the loss and all its gradients")
@@ -111,7 +112,7 @@ def _draw_sweep(axes: Axes, sweep: list[dict], x: str) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: duration(seconds)))
-    axes.grid(color=_GREY, linewidth=0.6)
+    axes.grid(color=GREY, linewidth=0.6)
     axes.margins(x=0.04)
     axes.set_axisbelow(True)
 
@@ -194,7 +195,7 @@ def _draw_bars(
         axes.text(left[at], at, f"  {texts[name]}", va="center", fontsize=9, color=_INK)
     axes.invert_yaxis()
     axes.set_xlim(0.0, room * max(left))
-    axes.grid(axis="x", color=_GREY, linewidth=0.6)
+    axes.grid(axis="x", color=GREY, linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_axisbelow(True)
 
@@ -244,7 +245,7 @@ def draw(document: dict) -> dict[str, bytes]:
     """Each picture that there is something for, by its name, as PNG."""
     import matplotlib
 
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(STYLE):
         images = {name: function(document) for name, function in FIGURES.items()}
     return {name: image for name, image in images.items() if image is not None}
 

@@ -34,6 +34,7 @@ from statistics import median
 from pyfast_ppo.bench import machine as machines
 from pyfast_ppo.bench.counts import Counts, Work
 from pyfast_ppo.bench.harness import METHOD, Timing
+from pyfast_ppo.files import write_atomically
 
 SCHEMA = 1
 _TIMES = ("median_s", "p10_s", "p90_s")
@@ -128,6 +129,24 @@ def load(path: Path) -> dict:
     if fault is not None:
         raise ValueError(f"{path} is not a result of pyfast-ppo bench: {fault}")
     return document
+
+
+def keep(document: dict, folder: Path, name: str) -> Path:
+    """Writes the subjects of a document into the file of this machine and date, beside those that it has.
+
+    A file of that name that was measured with other hardware or versions is left alone: the new one gets a number.
+    """
+    directory = folder / (name or machines.short_name(document["machine"]))
+    directory.mkdir(parents=True, exist_ok=True)
+    number, kept = 1, document
+    while (path := directory / f"{document['date']}{f'-{number}' if number > 1 else ''}.json").exists():
+        found = load(path)
+        if found["machine"] == document["machine"]:
+            kept = {**document, "subjects": {**found["subjects"], **document["subjects"]}}
+            break
+        number += 1
+    write_atomically(path, dumps(kept))
+    return path
 
 
 def fault_of(document: object) -> str | None:

@@ -13,9 +13,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pyfast_ppo.bench.sizes import SIZES
+from pyfast_ppo.cli.arguments import positive_float
 from pyfast_ppo.cli.console import Console, clock
 from pyfast_ppo.cli.errors import UserError
-from pyfast_ppo.cli.files import check_writable, write_atomically
+from pyfast_ppo.cli.files import make_directory
+from pyfast_ppo.files import write_atomically
 
 if TYPE_CHECKING:
     from pyfast_ppo.bench.harness import Options
@@ -46,7 +48,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, with_sizes: bool) -
     parser.add_argument("--device", choices=("cpu", "cuda"), help="what to measure (cuda, if there is a GPU)")
     parser.add_argument(
         "--seconds",
-        type=_positive_float,
+        type=positive_float,
         metavar="S",
         help=f"for the rounds of one case, about ({_SECONDS:g}; with --quick {_QUICK_SECONDS:g})",
     )
@@ -124,35 +126,15 @@ def script(subject: str, description: str, folder: Path) -> dict:
 
     def save() -> None:
         if args.save is not None:
-            keep(document, folder, args.save)
+            results.keep(document, folder, args.save)
 
     code = _measure_all(console, document, (subject,), options, getattr(args, "sizes", None), save)
     _say_tables(console, document)
     if args.save is not None and document["subjects"]:
-        console.say(f"written: {keep(document, folder, args.save)}")
+        console.say(f"written: {results.keep(document, folder, args.save)}")
     if code:
         raise SystemExit(code)
     return document
-
-
-def keep(document: dict, folder: Path, name: str) -> Path:
-    """Writes the subjects of a document into the file of this machine and date, beside those that it has.
-
-    A file of that name that was measured with other hardware or versions is left alone: the new one gets a number.
-    """
-    from pyfast_ppo.bench import machine, results
-
-    directory = folder / (name or machine.short_name(document["machine"]))
-    directory.mkdir(parents=True, exist_ok=True)
-    number, kept = 1, document
-    while (path := directory / f"{document['date']}{f'-{number}' if number > 1 else ''}.json").exists():
-        found = results.load(path)
-        if found["machine"] == document["machine"]:
-            kept = {**document, "subjects": {**found["subjects"], **document["subjects"]}}
-            break
-        number += 1
-    write_atomically(path, results.dumps(kept))
-    return path
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -195,11 +177,7 @@ def _make_directory(given: str | None, document: dict) -> Path:
         path = Path(f"{name}-{number}")
     if (path / RESULTS).exists():
         raise UserError(f"{path} already holds a result; choose another --out.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {path} ({error.strerror}); choose another --out.") from error
-    check_writable(path)
+    make_directory(path, "--out")
     return path
 
 
@@ -280,8 +258,7 @@ def _say_tables(console: Console, document: dict) -> None:
 
 def _draw(console: Console, document: dict, out: Path) -> list[str]:
     """Writes the pictures. Returns their names."""
-    if importlib.util.find_spec("matplotlib") is None:
-        console.say("No figure: it needs matplotlib; install with: pip install 'pyfast-ppo[gym]'")
+    if not console.can_draw():
         return []
     from pyfast_ppo.bench import figures
 
@@ -289,13 +266,3 @@ def _draw(console: Console, document: dict, out: Path) -> list[str]:
     for name, image in images.items():
         write_atomically(out / name, image)
     return list(images)
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from typing import TextIO
@@ -32,6 +33,13 @@ class Console:
         except BrokenPipeError:
             # What is left in the stream's buffer would raise again when the interpreter exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def can_draw(self) -> bool:
+        """Whether matplotlib is there; what that means is said where it is not."""
+        if importlib.util.find_spec("matplotlib") is not None:
+            return True
+        self.say("No figure: it needs matplotlib; install with: pip install 'pyfast-ppo[gym]'")
+        return False
 
 
 class ProgressTable:

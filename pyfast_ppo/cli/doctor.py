@@ -10,6 +10,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from pyfast_ppo import __version__
+from pyfast_ppo.cli.arguments import positive
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.simulators import default_device, make_simulated
 
@@ -30,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="look at this Gymnasium task for known faults (docs/check_env.md); exit code 1: found",
     )
     environment.add_argument("--task", metavar="NAME", help="the same for a task of Isaac Lab or mjlab")
-    parser.add_argument("--num-envs", type=_positive, metavar="N", help=f"environments ({_NUM_ENVS})")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="random steps of each environment (32)")
+    parser.add_argument("--num-envs", type=positive, metavar="N", help=f"environments ({_NUM_ENVS})")
+    parser.add_argument("--steps", type=positive, metavar="N", help="random steps of each environment (32)")
     parser.add_argument(
         "--device", metavar="NAME", help="where the tensors are (cpu; with --task cuda:0 if there is one)"
     )
@@ -91,13 +92,6 @@ def _make_gymnasium(name: str, num_envs: int, device: str) -> tuple[VecEnv, dict
     obs = env.get_observations()
     has_images = any(values.dim() != 2 for values in obs.values())  # which the MLPs of that config do not read
     return env, None if has_images else train_config(settings, list(map(str, obs.keys())))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _hardware() -> list[tuple[str, str]]:

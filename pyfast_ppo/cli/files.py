@@ -1,9 +1,8 @@
-"""Files of a run directory: what lies where, and written whole or not at all."""
+"""Directories of runs: what lies where in them."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.train_config import Settings
+from pyfast_ppo.files import write_atomically
 
 CONFIG = "config.json"
 HISTORY = "progress.csv"
@@ -19,19 +19,6 @@ PICTURE = "learning_curve.png"
 POLICY = "policy.pt"
 
 _CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a run that is killed, never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def make_run_dir(log_dir: str | None, env: str) -> Path:
@@ -49,12 +36,21 @@ def make_run_dir(log_dir: str | None, env: str) -> Path:
         path = Path(log_dir)
     if (path / CONFIG).exists():
         raise UserError(f"{path} already holds a run; continue it with --resume {path}, or choose another --log-dir.")
+    make_directory(path, "--log-dir")
+    return path
+
+
+def make_directory(path: Path, flag: str) -> None:
+    """Make a directory that files can be written to. ``flag``: the argument that names it.
+
+    Raises:
+        UserError: It cannot be made, or not be written to.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {path} ({error.strerror}); choose another --log-dir.") from error
+        raise UserError(f"cannot make {path} ({error.strerror}); choose another {flag}.") from error
     check_writable(path)
-    return path
 
 
 def check_writable(run_dir: Path) -> None:

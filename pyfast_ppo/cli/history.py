@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pyfast_ppo.cli.files import write_atomically
+from pyfast_ppo.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import io
 import math
 from dataclasses import asdict
 from pathlib import Path
 
 from pyfast_ppo import kl_study as study
+from pyfast_ppo.cli.arguments import seed
 from pyfast_ppo.cli.console import Console
-from pyfast_ppo.cli.errors import UserError
-from pyfast_ppo.cli.files import check_writable, write_atomically
+from pyfast_ppo.cli.files import make_directory
+from pyfast_ppo.files import write_atomically
+from pyfast_ppo.pictures import GREY, STYLE
 
 ESTIMATORS = "estimators.csv"
 RULES = "learning_rate.csv"
@@ -25,7 +26,7 @@ _SHOWN_DRIFTS = (0.01, 1.0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--out", metavar="DIR", default="logs/kl-study", help="where the files go (logs/kl-study)")
-    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="seed of everything random (0)")
+    parser.add_argument("--seed", type=seed, metavar="N", default=0, help="seed of everything random (0)")
     parser.add_argument("--quick", action="store_true", help="fewer drifts, coarser integrals, fewer updates")
 
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: The directory cannot be written to.
     """
-    out = _make_directory(Path(args.out))
+    out = Path(args.out)
+    make_directory(out, "--out")
     console = Console()
     per_decade, node_count, updates = (1, 5_001, 10) if args.quick else (4, 20_001, 60)
     drifts = [10.0 ** (k / per_decade) for k in range(-4 * per_decade, per_decade + 1)]
@@ -48,29 +50,11 @@ def run(args: argparse.Namespace) -> int:
     _write_table(out / ESTIMATORS, findings)
     _write_table(out / RULES, rules)
     written = [ESTIMATORS, RULES]
-    if importlib.util.find_spec("matplotlib"):
+    if console.can_draw():
         draw(out / FIGURE, findings)
         written.append(FIGURE)
-    else:
-        console.say("No figure: it needs matplotlib; install with: pip install 'pyfast-ppo[gym]'")
     console.say(f"Written to {out}: {', '.join(written)}")
     return 0
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError("must be between 0 and 2147483647")
-    return value
-
-
-def _make_directory(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {path} ({error.strerror}); choose another --out.") from error
-    check_writable(path)
-    return path
 
 
 def _write_table(path: Path, rows: list[study.Finding] | list[study.RuleFinding]) -> None:
@@ -130,7 +114,6 @@ _STYLES = {  # estimator: label, colour, line
     "k3 plus ℓ ∇log π": ("k3 plus ℓ ∇log π (gradient)", "#7d4e1e", "-."),
     "closed form with ε = 1e-5": ("closed form with ε = 1e-5", "#57606a", ":"),
 }
-_GREY = "#d0d7de"
 
 
 def draw(path: Path, findings: list[study.Finding]) -> None:
@@ -139,7 +122,7 @@ def draw(path: Path, findings: list[study.Finding]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 9), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(3, len(study.PATHS), sharex=True, sharey="row")
@@ -184,5 +167,5 @@ def _draw_path(cells, findings: list[study.Finding]) -> None:
     gradient.set_yscale("symlog", linthresh=0.01)
     spread.set(xscale="log", yscale="log")
     for axes in cells:
-        axes.grid(color=_GREY, linewidth=0.6)
+        axes.grid(color=GREY, linewidth=0.6)
         axes.set_axisbelow(True)

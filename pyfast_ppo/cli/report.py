@@ -11,17 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from pyfast_ppo.cli.console import Console, clock, number
-from pyfast_ppo.cli.files import write_atomically
 from pyfast_ppo.cli.history import Record
 from pyfast_ppo.cli.train_config import Settings
+from pyfast_ppo.files import write_atomically
+from pyfast_ppo.pictures import GREY, STYLE
 
-_BLUE, _GREEN, _GREY = "#1f6feb", "#1a7f37", "#d0d7de"
+_BLUE, _GREEN = "#1f6feb", "#1a7f37"
 
 
 def draw_learning_curve(path: Path, settings: Settings, records: list[Record], threshold: float | None) -> None:
     """Draw mean reward against environment steps, with the line above which the task counts as solved."""
     points = [(record.env_steps, record.mean_reward) for record in records if record.mean_reward is not None]
-    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context({**STYLE, "font.size": 11}):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -42,7 +43,7 @@ def draw_learning_curve(path: Path, settings: Settings, records: list[Record], t
         axes.set_ylabel("mean reward of the last 100 episodes")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(left=0)
-        axes.grid(color=_GREY, linewidth=0.6)
+        axes.grid(color=GREY, linewidth=0.6)
         axes.set_axisbelow(True)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=150)

@@ -13,8 +13,8 @@ import torch
 from rsl_rl.env import VecEnv
 from rsl_rl.runners import OnPolicyRunner
 
-from pyfast_ppo.cli import files
 from pyfast_ppo.cli.errors import UserError
+from pyfast_ppo.files import write_atomically
 from pyfast_ppo.rsl_rl.export import export_policy_to_jit
 from pyfast_ppo.vec_env import clip
 
@@ -78,7 +78,7 @@ class TrainRunner(OnPolicyRunner):
         # Through memory: a full disk is then an OSError with a reason; torch's own writer hides it
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        files.write_atomically(Path(path), buffer.getvalue())
+        write_atomically(Path(path), buffer.getvalue())
         self.logger.save_model(path, self.current_learning_iteration)
 
     def restore(self, path: Path) -> None:

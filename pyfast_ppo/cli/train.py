@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
+from pyfast_ppo.cli.arguments import positive, seed
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.train_config import ALGORITHMS, Settings, default_iterations
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--iterations",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="iterations of the whole run, also of a resumed one"
         f" ({default_iterations(Settings.env)}; {default_iterations('')} for other tasks of Gymnasium; with --task what"
@@ -31,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num-envs",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"environments ({Settings.num_envs}; with --task 4096 on a GPU, 64 on the CPU)",
     )
-    parser.add_argument("--seed", type=_seed, metavar="N", help=f"seed of everything random ({Settings.seed})")
+    parser.add_argument("--seed", type=seed, metavar="N", help=f"seed of everything random ({Settings.seed})")
     parser.add_argument(
         "--device",
         metavar="NAME",
@@ -61,17 +62,3 @@ def run(args: argparse.Namespace) -> int:
     from pyfast_ppo.cli.training import train  # torch, rsl_rl and matplotlib: only when they are used
 
     return train(args)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError("must be between 0 and 2147483647")
-    return value

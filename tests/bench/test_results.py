@@ -11,7 +11,6 @@ import pyfast_ppo
 from pyfast_ppo.bench import machine, results, tables
 from pyfast_ppo.bench.counts import Counts
 from pyfast_ppo.bench.harness import Timing
-from pyfast_ppo.cli.bench import keep
 
 
 def test_written_document_reads_back(document, tmp_path):
@@ -91,12 +90,12 @@ def test_subjects_of_a_day_share_a_file_unless_the_machine_changed(document, tmp
     both = {name: document["subjects"][name] for name in ("loss", "update")}
     document["subjects"] = both
     loss, update = ({**document, "subjects": {name: entry}} for name, entry in both.items())
-    path = keep(loss, tmp_path, "")
+    path = results.keep(loss, tmp_path, "")
     assert path == tmp_path / machine.short_name(document["machine"]) / f"{document['date']}.json"
-    assert keep(update, tmp_path, "") == path
+    assert results.keep(update, tmp_path, "") == path
     assert results.load(path) == document
     other = {**update, "machine": {**update["machine"], "torch": "0.1"}}
-    assert keep(other, tmp_path, "").name == f"{document['date']}-2.json"
+    assert results.keep(other, tmp_path, "").name == f"{document['date']}-2.json"
     assert results.load(path) == document
 
 

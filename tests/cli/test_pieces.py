@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from pyfast_ppo.cli.console import Console, ProgressTable, clock
-from pyfast_ppo.cli.files import make_run_dir, write_atomically
+from pyfast_ppo.cli.files import make_run_dir
 from pyfast_ppo.cli.history import History, Record
 from pyfast_ppo.cli.report import draw_learning_curve, print_summary
 from pyfast_ppo.cli.stop import StopRequest
 from pyfast_ppo.cli.train_config import Settings
+from pyfast_ppo.files import write_atomically
 
 
 def record(iteration: int, reward: float | None = 1.0, wall_s: float | None = None) -> Record:
