@@ -59,15 +59,25 @@ def expm1_minus(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.5, 0.5 * x * x * (1.0 + series), torch.expm1(x) - x)
 
 
+def std_or_nan(std: Tensor) -> Tensor:
+    """``std``, with NaN where it is not a positive normal number: the fault then shows in every gradient, too.
+
+    By a product: the gradient of a selection would be 0 there.
+    """
+    limits = torch.finfo(std.dtype)
+    return std * torch.where((std >= limits.tiny) & (std <= limits.max), 1.0, math.nan).to(std.dtype)
+
+
 def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log N(a; μ, σ) summed over the actions: Σ -½z² - λ - ½log 2π with z = (a - μ)/σ. [N, A] -> [N]."""
+    std = std_or_nan(std)
     z = (actions - mean) / std
     return (-0.5 * z * z - torch.log(std) - HALF_LOG_2PI).sum(-1)
 
 
 def gaussian_entropy(std: Tensor) -> Tensor:
     """Σ λ + ½log(2πe). [..., A] -> [...]."""
-    return (torch.log(std) + HALF_LOG_2PI_E).sum(-1)
+    return (torch.log(std_or_nan(std)) + HALF_LOG_2PI_E).sum(-1)
 
 
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
@@ -75,6 +85,7 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
 
     δ comes from log1p(e), e = (σ_p - σ_q)/σ_q, when the two are close: e is then exact to rounding.
     """
+    std_p, std_q = std_or_nan(std_p), std_or_nan(std_q)
     e = (std_p - std_q) / std_q
     near = e.abs() < 0.5  # further away e itself is rounded: at -1 + 1e-6 to 6%
     delta = torch.where(near, torch.log1p(torch.where(near, e, 0.0)), torch.log(std_p / std_q))

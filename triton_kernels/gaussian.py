@@ -119,7 +119,7 @@ def entropy_backward_kernel(
     first, rows, cols, in_rows, mask = _tile(num_rows, A, BLOCK_N, BLOCK_A)
     grad = tl.load(grad_ptr + first + rows, mask=in_rows, other=0.0).to(tl.float32)[:, None]
     std = _load(std_ptr, first, rows, cols, mask, A, STD_STRIDE, 1.0)
-    _store(grad_std_ptr, first, rows, cols, mask, grad / std, A, False)
+    _store(grad_std_ptr, first, rows, cols, mask, grad * reciprocal_or_nan(std), A, False)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

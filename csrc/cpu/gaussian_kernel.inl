@@ -106,7 +106,7 @@ void gaussian_entropy_tile(const GaussianCall& call, int64_t index, T* memory) {
   const GaussianTile<T> tile(call, index, memory);
   const T* std = tile.read(call.in[0], 0);
   T* terms = tile.array(1);
-  for (int64_t i = 0; i < tile.n; ++i) terms[i] = log_or_nan(std[i]);
+  for (int64_t i = 0; i < tile.n; ++i) terms[i] = entropy_terms(std[i]).value;
   tile.write_row_sums(terms, static_cast<T>(kHalfLog2PiE * static_cast<double>(call.shape.num_actions)), 2);
 }
 
@@ -115,7 +115,7 @@ void gaussian_entropy_backward_tile(const GaussianCall& call, int64_t index, T* 
   const GaussianTile<T> tile(call, index, memory);
   const T *std = tile.read(call.in[0], 0), *grad = tile.read_grad(1, 2);
   T* grad_std = tile.array(2);
-  for (int64_t i = 0; i < tile.n; ++i) grad_std[i] = grad[i] / std[i];
+  for (int64_t i = 0; i < tile.n; ++i) grad_std[i] = grad[i] * entropy_terms(std[i]).d_std;
   tile.write_gradient(grad_std, 0);
 }
 

@@ -71,7 +71,8 @@ struct Entropy : WritesSum {
   static constexpr double kConstant = kHalfLog2PiE;
   template <class T>
   __device__ static Terms<T> terms(const T (&in)[kMost]) {
-    return {log_or_nan(in[0]), {reciprocal_or_nan(in[0]), T(0), T(0)}};
+    const EntropyTerms<T> t = entropy_terms(in[0]);
+    return {t.value, {t.d_std, T(0), T(0)}};
   }
 };
 

@@ -1,4 +1,4 @@
-// One dimension of a diagonal Gaussian: log-probability, KL and their derivatives. l = log(std).
+// One dimension of a diagonal Gaussian: log-probability, entropy, KL and their derivatives. l = log(std).
 #pragma once
 
 #include "elementary.h"
@@ -32,7 +32,7 @@ PYFAST_PPO_INLINE KlTerms<T> kl_terms(T mean_p, T mean_q, T inv_std_q, RatioTerm
   return {T(0.5) * (std_ratio.phi + m * m), m * inv_std_q, std_ratio.expm1, -(std_ratio.expm1 + m * m)};
 }
 
-// The log-probability and the KL from means and stds, with the derivatives by those.
+// The log-probability, the entropy and the KL from means and stds, with the derivatives by those.
 template <class T>
 struct LogProbTerms {
   T value;   // without the constant - 1/2 log(2 pi)
@@ -45,6 +45,18 @@ PYFAST_PPO_INLINE LogProbTerms<T> log_prob_terms(T action, T mean, T std) {
   const T inv_std = reciprocal_or_nan(std);
   const T z = standardized(action, mean, inv_std);
   return {-(T(0.5) * z * z + log_or_nan(std)), z * inv_std, (z * z - T(1)) * inv_std};
+}
+
+// The entropy l + 1/2 log(2 pi e), and its derivative. NaN, both, if the std is at fault.
+template <class T>
+struct EntropyTerms {
+  T value;  // without the constant 1/2 log(2 pi e)
+  T d_std;
+};
+
+template <class T>
+PYFAST_PPO_INLINE EntropyTerms<T> entropy_terms(T std) {
+  return {log_or_nan(std), reciprocal_or_nan(std)};
 }
 
 template <class T>

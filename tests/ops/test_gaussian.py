@@ -276,7 +276,10 @@ def test_kl_far_from_zero(backend: str, device: str, ratio: float, dtype: torch.
 # --- faults, PyTorch --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+NO_STD = [float("nan"), float("inf"), 0.0, -1.0]
+
+
+@pytest.mark.parametrize("value", NO_STD)
 def test_std_that_is_not_positive_shows_in_its_row(
     backend: str, device: str, operation: Operation, value: float
 ) -> None:
@@ -288,6 +291,29 @@ def test_std_that_is_not_positive_shows_in_its_row(
             assert not torch.isfinite(bad[11])
             assert torch.equal(bad[:11], good[:11])
             assert torch.equal(bad[12:], good[12:])
+
+
+@pytest.mark.parametrize("value", NO_STD)
+def test_std_that_is_not_positive_shows_in_its_gradient(
+    backend: str, device: str, operation: Operation, value: float
+) -> None:
+    """Of a log-probability, an entropy and a KL alike: 1/σ of σ = -1 would be a number."""
+    arguments = make_arguments(operation.names, (20, 3), std_per_row=(True, True), device=device)
+
+    def gradients(changed: int | None = None) -> list[Tensor]:
+        leaves = [with_one(t, value) if i == changed else t.clone() for i, t in enumerate(arguments)]
+        total = operation.function(*(leaf.requires_grad_() for leaf in leaves), backend=backend).sum()
+        return list(torch.autograd.grad(total, leaves))
+
+    good = gradients()
+    for i, name in enumerate(operation.names):
+        if name.startswith("std"):
+            bad = gradients(changed=i)
+            assert torch.isnan(bad[i][11, 1])
+            others = torch.ones(20, 3, dtype=torch.bool)
+            others[11, 1] = False
+            for one, other in zip(bad, good, strict=True):
+                assert torch.equal(one[others], other[others])
 
 
 def with_one(t: Tensor, value: float) -> Tensor:
