@@ -229,12 +229,14 @@ def gae(
     at_end = torch.zeros_like(values)  # V(s') of a step that ends its episode
     if time_outs is not None:
         at_end = torch.where(time_outs != 0, values if final_values is None else final_values.to(dtype), at_end)
+    factor = gamma * lam
+    is_delta = dones | (factor == 0.0)  # selected, not multiplied: 0 · NaN and 0 · ∞ of a later step would leak
     advantages = torch.empty_like(values)
     advantage = torch.zeros_like(next_values)
     for t in reversed(range(rewards.shape[0])):
         next_values = torch.where(dones[t], at_end[t], next_values)
         delta = rewards[t] + gamma * next_values - values[t]
-        advantage = delta + gamma * lam * torch.where(dones[t], 0.0, advantage)
+        advantage = torch.where(is_delta[t], delta, delta + factor * advantage)
         advantages[t] = advantage
         next_values = values[t]
     returns = advantages + values

@@ -93,7 +93,7 @@ def gae_kernel(
         # steps beyond the end hand on what comes later, which is 0
         delta = tl.where(in_steps, delta, 0.0)
         factor, delta = tl.associative_scan((factor, delta), 0, _then)
-        advantages = tl.where(factor == 0.0, delta, delta + factor * later[None, :])
+        _, advantages = _then(0.0, later[None, :], factor, delta)
         out = t * num_envs + e
         tl.store(advantages_ptr + out, advantages, mask=mask)
         tl.store(returns_ptr + out, advantages + values, mask=mask)

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../math/gae.h"
 #include "isa.h"
 #include "parallel.h"
 

@@ -3,8 +3,6 @@
 
 #include "tile.inl"
 
-// delta_t = r_t + gamma V(s_{t+1}) - V(s_t),  A_t = delta_t + gamma lam A_{t+1};  both stop at the end of an episode,
-// where V(s_{t+1}) is 0, or the value of the observation before the reset if a time limit ended it (Pardo et al. 2018).
 template <class T>
 void run_gae_block(const GaeCall& call, int64_t block, T* memory) {
   const GaeArgs& args = call.args;
@@ -43,8 +41,8 @@ void run_gae_block(const GaeCall& call, int64_t block, T* memory) {
     T* advantages = static_cast<T*>(args.advantages) + t * args.num_envs + env;
     T* returns = static_cast<T*>(args.returns) + t * args.num_envs + env;
     for (int64_t e = 0; e < n; ++e) {
-      const T delta = rewards[e] + gamma * next_value[e] - values[e];
-      advantage[e] = delta + gamma_lam * (dones[e] != T(0) ? T(0) : advantage[e]);
+      const T delta = delta_of(rewards[e], gamma, next_value[e], values[e]);
+      advantage[e] = advantage_of(delta, dones[e] != T(0) ? T(0) : gamma_lam, advantage[e]);
       advantages[e] = advantage[e];
       returns[e] = advantage[e] + values[e];
       next_value[e] = values[e];

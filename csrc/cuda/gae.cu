@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "../math/gae.h"
 #include "launch.cuh"
 #include "reduce.cuh"
 
@@ -76,13 +77,6 @@ struct Steps {
   }
 };
 
-// A_t from delta_t and A_{t+1}. At the end of an episode the factor is 0, and what comes later does not matter, not
-// even as NaN.
-template <class T>
-__device__ __forceinline__ T advantage_of(T delta, T factor, T next) {
-  return delta + (factor == T(0) ? T(0) : factor * next);
-}
-
 // --- CUDA kernels ----------------------------------------------------------------------------------------------------
 
 // moments: [3, blocks], or null.
@@ -129,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2) gae_kernel(const __grid_constant_
     for (int k = 0; k < kSteps; ++k) {
       const T at_end = timed_out[k] ? (args.final_values.data != nullptr ? final_value[k] : value[k]) : T(0);
       const T next_value = done[k] ? at_end : (k + 1 < kSteps && k + 1 < length ? value[k + 1] : value_after);
-      delta[k] = reward[k] + gamma * next_value - value[k];
+      delta[k] = delta_of(reward[k], gamma, next_value, value[k]);
       factor[k] = done[k] ? T(0) : gamma_lam;
     }
     T advantage = T(0), product = T(1);

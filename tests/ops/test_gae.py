@@ -447,6 +447,21 @@ def test_nan_shows_in_its_environment(backend: str, device: str, name: str) -> N
     assert torch.equal(bad[:, others], good[:, others])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("gamma", "lam"), [(GAMMA, 0.0), (GAMMA, LAM)])
+def test_what_does_not_count_does_not_leak(backend: str, device: str, value: float, gamma: float, lam: float) -> None:
+    """λ = 0, or an episode that ends: a later reward of NaN or infinity leaves the advantages before it alone."""
+    rollout = make_rollout(50, 40, done_share=0.0, device=device)
+    rollout["dones"][29] = lam != 0.0
+    good = call(rollout, backend, gamma, lam)
+    rollout["rewards"][30, 7] = value
+    bad = call(rollout, backend, gamma, lam)
+    for one, other in zip(bad, good, strict=True):
+        assert not torch.isfinite(one[30, 7])
+        one[30, 7] = other[30, 7]  # everything else is the same
+        assert torch.equal(one, other)
+
+
 # --- wrong arguments --------------------------------------------------------------------------------------------------
 
 
