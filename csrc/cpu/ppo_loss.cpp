@@ -17,7 +17,8 @@ namespace {
 template <class T>
 struct PpoLossCall {
   PpoLossArgs args;
-  double clip_param, value_loss_coef, entropy_coef, kl_coef;  // the arguments', as they are now
+  // The arguments', read once: loss and gradients belong together even if another thread writes the tensors meanwhile.
+  double clip_param, value_loss_coef, entropy_coef, kl_coef;
   bool std_per_row, old_std_per_row;
   int64_t tile_rows, tile_elements;  // a tile fits the L1 cache
   int64_t chunk_rows, num_chunks;    // a chunk is one thread's task and leaves one partial result
@@ -75,7 +76,7 @@ void finish(const PpoLossCall<T>& call) {
   }
   for (int k = kLoss + 1; k < kNumMetrics; ++k) total[k] /= rows_of_metric(k, args);
   if (!call.std_per_row) total[kEntropy] = call.sum_log_std;
-  finish_metrics(total.data(), A, value_of(args.value_loss_coef), value_of(args.entropy_coef), value_of(args.kl_coef));
+  finish_metrics(total.data(), A, call.value_loss_coef, call.entropy_coef, call.kl_coef);
   baseline::write_back(args.metrics, 0, kNumMetrics, total.data());
   if (call.std_per_row) return;
   std::vector<double> grad_std(static_cast<size_t>(A));
