@@ -45,12 +45,12 @@ OPTIONS = st.fixed_dictionaries(
 
 
 def rows_near_borders(num_actions: int) -> list[int]:
-    """Numbers of rows on both sides of where kernels cut: vectors of 16, tiles of 1024 elements, chunks of 8 tiles;
+    """Numbers of rows on both sides of where kernels cut: vectors of 16, tiles of 1024 elements, chunks of 4 tiles;
     on the GPU tiles of 1536 elements."""
     tile = min(1024 // num_actions, 256)
     tile = max(tile - tile % 16 if tile >= 16 else tile, 1)
     gpu_tile = min(1536 // num_actions, 384)
-    around = (tile, 8 * tile, 16 * tile, gpu_tile - gpu_tile % 4, 4 * gpu_tile)
+    around = (tile, 4 * tile, 8 * tile, gpu_tile - gpu_tile % 4, 4 * gpu_tile)
     return sorted({1, 2, 15, 16, 17} | {n + d for n in around for d in (-1, 0, 1) if n + d > 0})
 
 
