@@ -98,9 +98,9 @@ def _entry(vector, which: tl.constexpr):
 
 
 @triton.jit
-def _coefficient(pointer, number, given_as_tensor, which: tl.constexpr):
-    """A coefficient's present value: in memory if it was given as a tensor, else the number."""
-    return tl.load(pointer, mask=(given_as_tensor & (1 << which)) != 0, other=0.0).to(tl.float32) + number
+def _in_memory(pointer, given_as_tensor, which: tl.constexpr):
+    """A coefficient's present value if it was given as a tensor, else 0."""
+    return tl.load(pointer, mask=(given_as_tensor & (1 << which)) != 0, other=0.0).to(tl.float32)
 
 
 # may be slices, which begin anywhere: read 32 bits at a time in any case, so that must not cost a compilation
@@ -131,6 +131,8 @@ def ppo_loss_kernel(
     value_loss_coef,
     entropy_coef,
     kl_coef,
+    clip_low,  # 1 - clip_param and 1 + clip_param, rounded once; 1 where the pointer counts
+    clip_high,
     coefficient_tensors,
     metrics_ptr,  # [NUM_METRICS]
     grad_mean_ptr,  # [N, A]
@@ -152,11 +154,12 @@ def ppo_loss_kernel(
     BLOCK_A: tl.constexpr,
 ):
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    clip_param = _coefficient(clip_param_ptr, clip_param, coefficient_tensors, 0)
-    value_loss_coef = _coefficient(value_loss_coef_ptr, value_loss_coef, coefficient_tensors, 1)
-    entropy_coef = _coefficient(entropy_coef_ptr, entropy_coef, coefficient_tensors, 2)
-    kl_coef = _coefficient(kl_coef_ptr, kl_coef, coefficient_tensors, 3)
-    lo, hi = 1.0 - clip_param, 1.0 + clip_param
+    clip_in_memory = _in_memory(clip_param_ptr, coefficient_tensors, 0)
+    clip_param += clip_in_memory
+    lo, hi = clip_low - clip_in_memory, clip_high + clip_in_memory
+    value_loss_coef += _in_memory(value_loss_coef_ptr, coefficient_tensors, 1)
+    entropy_coef += _in_memory(entropy_coef_ptr, coefficient_tensors, 2)
+    kl_coef += _in_memory(kl_coef_ptr, coefficient_tensors, 3)
     row_weight = 1.0 / num_rows.to(tl.float32)
     original_weight = 1.0 / num_original.to(tl.float32)
 

@@ -148,12 +148,12 @@ struct PpoLossKernel {
   template <bool kClipped>
   static void losses(int64_t rows, const T* __restrict log_ratio, const T* __restrict advantages,
                      const T* __restrict values, const T* __restrict old_values, const T* __restrict returns, T clip,
-                     T lo, T hi, T weight, T value_weight, RowSums& total, T* __restrict coefficient,
+                     ClipRange<T> range, T weight, T value_weight, RowSums& total, T* __restrict coefficient,
                      T* __restrict grad_values) {
     RowSums sums = total;
     sums.not_finite = {};
     for_each_lane(rows, [&](int64_t r, int k) {
-      const SurrogateTerms<T> surrogate = surrogate_terms(log_ratio[r], advantages[r], lo, hi);
+      const SurrogateTerms<T> surrogate = surrogate_terms(log_ratio[r], advantages[r], range);
       const ValueTerms<T> value = kClipped ? clipped_value_terms(values[r], old_values[r], returns[r], clip)
                                            : plain_value_terms(values[r], returns[r]);
       coefficient[r] = weight * surrogate.d_log_prob;
@@ -210,7 +210,7 @@ struct PpoLossKernel {
     const T entropy_weight = static_cast<T>(call.entropy_coef / static_cast<double>(args.num_original));
     const T row_weight = static_cast<T>(1.0 / static_cast<double>(args.num_rows));
     const T value_weight = static_cast<T>(call.value_loss_coef / static_cast<double>(args.num_rows));
-    const T lo = static_cast<T>(1.0 - call.clip_param), hi = static_cast<T>(1.0 + call.clip_param);
+    const ClipRange<T> range = clip_range<T>(call.clip_param);
     const T clip = static_cast<T>(call.clip_param);
     const double log_normalizer = (kStdPerRow ? 0.0 : call.sum_log_std) + kHalfLog2Pi * static_cast<double>(A);
 
@@ -261,7 +261,7 @@ struct PpoLossKernel {
       subtract_old(rows, s.row_sum, old_log_prob, log_normalizer, s.log_ratio);
       T* grad_values = write_target(args.grad_values, row, s.grad_values);
       const auto row_losses = args.use_clipped_value_loss ? losses<true> : losses<false>;
-      row_losses(rows, s.log_ratio, advantages, values, old_values, returns, clip, lo, hi, row_weight, value_weight,
+      row_losses(rows, s.log_ratio, advantages, values, old_values, returns, clip, range, row_weight, value_weight,
                  sums, s.row_coefficient, grad_values);
       write_back(args.grad_values, row, rows, grad_values);
       const double kl_total = tile_kl.total();

@@ -59,6 +59,7 @@ struct Shared {
   bool old_std_fault;                  // in a shared old std
   double coefficients[kNumWeights];    // as they are when the kernel runs
   T weights[kNumWeights];              // the clip, and what a row's gradients are multiplied by
+  ClipRange<T> clip_range;
   T warp_sums[kWarps][kNumMetrics];
   double group_totals[kThreads];
   double totals[kNumMetrics];
@@ -192,6 +193,7 @@ __device__ __forceinline__ void read_coefficient(const Call<T>& call, int which,
   shared.coefficients[which] = x;
   const T of_row = which == kClip ? T(1) : (which == kOfValue ? call.row_weight : call.original_weight);
   shared.weights[which] = static_cast<T>(x) * of_row;
+  if (which == kClip) shared.clip_range = clip_range<T>(x);
 }
 
 // What the KL needs of the two stds. KL(old || new), or KL(new || old) if new_old.
@@ -266,17 +268,16 @@ struct KnownType {
 // Adds a row's losses to the sums, writes the gradient of its value, and returns d loss / d log pi. row_sum: of the
 // terms 1/2 z^2 (+ log std).
 template <class T, class Reader>
-__device__ __forceinline__ T row_losses(const Call<T>& call, const Reader& reader, const T (&weights)[kNumWeights],
-                                        int64_t row, const RowInputs<T>& in, T row_sum, double log_normalizer,
-                                        bool fault, T (&sums)[kNumMetrics]) {
-  const T clip = weights[kClip];
+__device__ __forceinline__ T row_losses(const Call<T>& call, const Reader& reader, const Shared<T>& shared, int64_t row,
+                                        const RowInputs<T>& in, T row_sum, double log_normalizer, bool fault,
+                                        T (&sums)[kNumMetrics]) {
   // in double: for many actions the two terms are large and their difference is small
   const T log_ratio = static_cast<T>(-static_cast<double>(row_sum) - (log_normalizer + in.old_log_prob));
-  const SurrogateTerms<T> surrogate = surrogate_terms(log_ratio, in.advantage, T(1) - clip, T(1) + clip);
+  const SurrogateTerms<T> surrogate = surrogate_terms(log_ratio, in.advantage, shared.clip_range);
   const ValueTerms<T> value = call.args.use_clipped_value_loss
-                                  ? clipped_value_terms(in.value, in.old_value, in.target, clip)
+                                  ? clipped_value_terms(in.value, in.old_value, in.target, shared.weights[kClip])
                                   : plain_value_terms(in.value, in.target);
-  reader.write(call.args.grad_values, row, weights[kOfValue] * value.d_value);
+  reader.write(call.args.grad_values, row, shared.weights[kOfValue] * value.d_value);
   const bool finite = is_finite(log_ratio) && is_finite(in.advantage) && is_finite(in.value) &&
                       is_finite(in.old_value) && is_finite(in.target) && !fault;
   sums[kSurrogate] += surrogate.loss;
@@ -545,7 +546,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocksPerProcessor
       for (int j = 0; j < length; ++j) row_sum += row_terms[j];
       const bool fault = shared.fault[t] != 0 || (kStd == Std::kShared && shared.old_std_fault && t < rows_kl);
       shared.coefficient[t] =
-          row_losses(call, reader, shared.weights, first + t, in, row_sum, shared.log_normalizer, fault, sums);
+          row_losses(call, reader, shared, first + t, in, row_sum, shared.log_normalizer, fault, sums);
       shared.fault[t] = 0;
     } else {
       shared.coefficient[t] = T(0);  // rows beyond add nothing to the columns
@@ -642,7 +643,7 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
         row_sum += shared.terms[w];
         row_faults += shared.terms[kWarps + w];
       }
-      shared.coefficient[0] = row_losses(call, AnyType<T>(), shared.weights, row, RowInputs<T>(call, row, AnyType<T>()),
+      shared.coefficient[0] = row_losses(call, AnyType<T>(), shared, row, RowInputs<T>(call, row, AnyType<T>()),
                                          row_sum, kHalfLog2Pi * static_cast<double>(A), row_faults != T(0), sums);
     }
     __syncthreads();

@@ -22,9 +22,20 @@ PYFAST_PPO_INLINE T max_weight(T first, T second) {  // the share of max(first, 
   return first > second ? T(1) : (first == second ? T(0.5) : T(0));
 }
 
-// lo = 1 - clip_param, hi = 1 + clip_param
+// The bounds of the ratio, 1 -+ clip_param, each rounded once: every backend judges a ratio at a bound alike.
 template <class T>
-PYFAST_PPO_INLINE SurrogateTerms<T> surrogate_terms(T log_ratio, T advantage, T lo, T hi) {
+struct ClipRange {
+  T lo, hi;
+};
+
+template <class T>
+PYFAST_PPO_INLINE ClipRange<T> clip_range(double clip_param) {
+  return {static_cast<T>(1.0 - clip_param), static_cast<T>(1.0 + clip_param)};
+}
+
+template <class T>
+PYFAST_PPO_INLINE SurrogateTerms<T> surrogate_terms(T log_ratio, T advantage, ClipRange<T> range) {
+  const T lo = range.lo, hi = range.hi;
   constexpr T limit = T(kMaxLogRatio);
   T clamped = log_ratio < -limit ? -limit : (log_ratio > limit ? limit : log_ratio);
   clamped += log_ratio - log_ratio;  // an infinite or NaN log-ratio must show as NaN

@@ -145,6 +145,7 @@ def ppo_loss(
     (old_mean, old_mean_stride), (old_std, old_std_stride) = matrices[3:]
     coefficients = (clip_param, value_loss_coef, entropy_coef, kl_coef)
     given = sum(1 << i for i, c in enumerate(coefficients) if isinstance(c, Tensor))
+    clip = 0.0 if isinstance(clip_param, Tensor) else clip_param
     with torch.cuda.device_of(mean):
         kernels.ppo_loss_kernel[(min(tiles, max_programs),)](
             mean,
@@ -159,6 +160,8 @@ def ppo_loss(
             old_values.contiguous(),
             *(c.float() if isinstance(c, Tensor) else metrics for c in coefficients),
             *(0.0 if isinstance(c, Tensor) else c for c in coefficients),
+            1.0 - clip,
+            1.0 + clip,
             given,
             metrics,
             *grads,

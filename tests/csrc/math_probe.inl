@@ -24,7 +24,7 @@ void probe_ratio(int64_t n, const T* const* in, T* const* out) {  // p, q
 template <class T>
 void probe_surrogate(int64_t n, const T* const* in, T* const* out) {  // log-ratio, advantage, lo, hi
   for (int64_t i = 0; i < n; ++i) {
-    const SurrogateTerms<T> s = surrogate_terms(in[0][i], in[1][i], in[2][i], in[3][i]);
+    const SurrogateTerms<T> s = surrogate_terms(in[0][i], in[1][i], {in[2][i], in[3][i]});
     out[0][i] = s.ratio, out[1][i] = s.loss, out[2][i] = s.d_log_prob, out[3][i] = s.approx_kl, out[4][i] = s.outside;
   }
 }

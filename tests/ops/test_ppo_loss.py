@@ -545,6 +545,30 @@ def test_surrogate_ties(
     assert float(out.clip_fraction) == float(outside)
 
 
+@pytest.mark.parametrize(("clip", "sign"), [(0.09, -1.0), (0.18, 1.0)])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_bounds_are_rounded_once(backend: str, device: str, clip: float, sign: float, as_tensor: bool) -> None:
+    """float32(1 ± ε): for these ε another number than float32(1) ± float32(ε). A ratio that lies on it is inside."""
+    rounded_twice = torch.tensor(1.0) + sign * torch.tensor(clip)
+    bound = rounded_twice if as_tensor else torch.tensor(1.0 + sign * clip)  # a tensor has only float32(ε)
+    assert as_tensor or bound != rounded_twice
+    inputs = one_row_inputs(math.log(float(bound)), torch.float32, device)
+    inputs["actions"].zero_()
+    inputs["std"].fill_(0.5)  # log-probabilities near 0, which can be changed in finer steps than the ratio has
+    log_prob = -0.5 * math.log(2.0 * math.pi) - math.log(0.5)
+    nearby = torch.full_like(inputs["old_log_prob"], log_prob - math.log(float(bound)))
+    for _ in range(8):
+        nearby = torch.nextafter(nearby, torch.full_like(nearby, -math.inf))
+    outside = {}
+    for _ in range(17):
+        option = torch.tensor(clip, device=device) if as_tensor else clip
+        out = ppo_loss(**{**inputs, "old_log_prob": nearby}, clip_param=option, backend=backend)
+        outside[float(out.max_ratio)] = float(out.clip_fraction)
+        nearby = torch.nextafter(nearby, torch.full_like(nearby, math.inf))
+    assert float(bound) in outside
+    assert outside == {ratio: float(sign * ratio > sign * float(bound)) for ratio in outside}
+
+
 def test_advantage_of_zero_has_no_gradient(backend: str, device: str) -> None:
     inputs = make_inputs(30, 2, std_per_row=True, device=device)
     inputs["advantages"] = torch.zeros(30, device=device)
