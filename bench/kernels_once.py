@@ -11,7 +11,7 @@ from pyfast_ppo import backends, kl
 from pyfast_ppo.bench.stock import make_mini_batch
 
 SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300), (5, 2000)]
-SECOND_TILES = [(70_000, 12), (30_001, 29), (60_000, 37)]  # more tiles than 132 multiprocessors take at a time
+SECOND_TILES = [(530, 12), (227, 29), (454, 37)]  # rows of a multiprocessor, A: more tiles than it takes at a time
 
 
 def run_losses(num_rows: int, num_actions: int, old_std_per_row: bool, backend: str) -> list[torch.Tensor]:
@@ -32,9 +32,10 @@ def run_losses(num_rows: int, num_actions: int, old_std_per_row: bool, backend: 
 
 
 def run(backend: str) -> None:
-    for num_rows, num_actions in SECOND_TILES:
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    for rows_of_processor, num_actions in SECOND_TILES:
         for old_std_per_row in (False, True):
-            run_losses(num_rows, num_actions, old_std_per_row, backend)
+            run_losses(rows_of_processor * processors + 1, num_actions, old_std_per_row, backend)
     for num_rows, num_actions in SHAPES:
         for old_std_per_row in (False, True):
             inputs = run_losses(num_rows, num_actions, old_std_per_row, backend)
