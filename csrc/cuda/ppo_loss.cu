@@ -383,7 +383,8 @@ __device__ void leave_columns(const Call<T>& call, Shared<T>& shared) {
 }
 
 // Metrics and the gradient of a shared std, by one block, when all have left their sums. Neighbouring threads take
-// neighbouring sums of a block, and a group of threads every so many-th block; one round, unless A > 376.
+// neighbouring sums of a block, and a group of threads every so many-th block; one round, unless a block has more than
+// kThreads sums.
 template <class T>
 __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, bool entropy_of_rows) {
   const PpoLossArgs& args = call.args;
