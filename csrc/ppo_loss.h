@@ -26,7 +26,7 @@ struct PpoLossArgs {
   Output grad_values;  // [N]
 };
 
-// The order of the metrics in the output.
+// The order of the metrics in the output: that of reference.METRICS.
 enum Metric {
   kLoss,
   kSurrogate,

@@ -22,7 +22,7 @@ from .math import (
     reciprocal_or_nan,
 )
 
-# The metrics' places, in ``partials`` as in the result
+# The metrics' places, in ``partials`` as in the result: those of reference.METRICS
 LOSS, SURROGATE, VALUE_LOSS, ENTROPY, KL = (tl.constexpr(i) for i in range(5))
 APPROX_KL, CLIP_FRACTION, MAX_RATIO, NONFINITE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 NUM_METRICS = tl.constexpr(9)

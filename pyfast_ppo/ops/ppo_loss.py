@@ -33,47 +33,50 @@ class PPOLossOutput:
     @property
     def loss(self) -> Tensor:
         """surrogate + value_loss_coef · value_loss - entropy_coef · entropy + kl_coef · kl"""
-        return self._metrics[0] if self._loss is None else self._loss
+        return self._metric("loss") if self._loss is None else self._loss
 
     @property
     def surrogate(self) -> Tensor:
         """Mean over all rows of max(-A·r, -A·clamp(r, 1 - ε, 1 + ε))."""
-        return self._metrics[1]
+        return self._metric("surrogate")
 
     @property
     def value_loss(self) -> Tensor:
         """Mean over all rows of the (clipped) squared error, without a factor ½."""
-        return self._metrics[2]
+        return self._metric("value_loss")
 
     @property
     def entropy(self) -> Tensor:
         """Mean entropy of the new policy over the original rows, in nats."""
-        return self._metrics[3]
+        return self._metric("entropy")
 
     @property
     def kl(self) -> Tensor:
         """Mean exact KL in ``kl_direction`` over the original rows, in nats."""
-        return self._metrics[4]
+        return self._metric("kl")
 
     @property
     def approx_kl(self) -> Tensor:
         """Mean over all rows of (r - 1) - log r, Schulman's k3 estimate of KL(old‖new)."""
-        return self._metrics[5]
+        return self._metric("approx_kl")
 
     @property
     def clip_fraction(self) -> Tensor:
         """Share of all rows whose ratio lies outside [1 - ε, 1 + ε]."""
-        return self._metrics[6]
+        return self._metric("clip_fraction")
 
     @property
     def max_ratio(self) -> Tensor:
         """The largest ratio; at most e²⁰, because the log-ratio is clamped to ±20 inside exp."""
-        return self._metrics[7]
+        return self._metric("max_ratio")
 
     @property
     def nonfinite(self) -> Tensor:
         """Number of rows with an input or a log-ratio that is not finite, or a std that is not positive."""
-        return self._metrics[8]
+        return self._metric("nonfinite")
+
+    def _metric(self, name: str) -> Tensor:
+        return self._metrics[reference.METRICS.index(name)]
 
     def __len__(self) -> int:
         return len(self._fields)

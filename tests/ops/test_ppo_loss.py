@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ from ppo_loss_oracle import (
 from torch import Tensor
 
 from pyfast_ppo import PPOLossOutput, ppo_loss, ppo_loss_and_grad, ppo_loss_reference
+from pyfast_ppo.reference import METRICS
 
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -452,6 +454,17 @@ def test_small_dtypes_change_only_what_they_round(backend: str, device: str, dty
         assert torch.equal(one, other), name
     for name in names:
         assert torch.equal(grads[name], wide_grads[name].to(dtype)), name
+
+
+def test_each_metric_is_in_its_place(backend: str, device: str) -> None:
+    """The kernels count them, ``METRICS`` names them: numbers of which no two are alike."""
+    inputs = make_inputs(60, 3, old_std_per_row=True, device=device)
+    wanted = expected(inputs).metrics
+    assert tuple(wanted) == METRICS
+    in_order = sorted(wanted.values())
+    assert min(b - a for a, b in itertools.pairwise(in_order)) > 1e-3
+    metrics = [float(x) for x in ppo_loss(**inputs, backend=backend)]
+    assert metrics == pytest.approx(list(wanted.values()), rel=1e-4, abs=1e-5)
 
 
 # --- coefficients -----------------------------------------------------------------------------------------------------
