@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyfast_ppo import kl
-from pyfast_ppo.reference import MAX_LOG_RATIO
+from pyfast_ppo.reference import KL_LOSSES, MAX_LOG_RATIO
 from pyfast_ppo.schedules import ProportionalSchedule, RslRlSchedule, RslRlScheduleBefore5
 
 PATHS = ("mean shift", "growing std", "shrinking std")
@@ -124,6 +124,10 @@ class Analytic:
     function: Callable[[Tensor, Tensor], Tensor]  # mean, std of the new policy -> the KL
 
 
+# Of KL_LOSSES those whose value is made of ℓ alone
+_WITHOUT_RATIO = {("old_new", "old", "k1"), ("new_old", "new", "k1"), ("new_old", "new", "k2")}
+
+
 def estimators() -> list[Estimator | Analytic]:
     """All of them, in the order of the table."""
     found: list[Estimator | Analytic] = [
@@ -135,18 +139,10 @@ def estimators() -> list[Estimator | Analytic]:
         for name in kl.ESTIMATORS:
             terms = _autograd_of_estimate(name, samples)
             found.append(Estimator(f"{name} as it is", samples, direction, direction, terms, int(name == "k3")))
-    for direction, samples, form, value_of, tail in (
-        ("old_new", "old", "k1", "old_new", 0),
-        ("old_new", "old", "k3", "old_new", 1),
-        ("new_old", "old", "k1", "new_old", 1),
-        ("new_old", "old", "k2", "new_old", 1),
-        ("new_old", "old", "k3", "new_old", 1),
-        ("new_old", "new", "k1", "new_old", 0),
-        ("new_old", "new", "k2", "new_old", 0),
-        ("new_old", "new", "k3", "new_old", 1),
-        ("old_new", "new", "k1", "old_new", 1),
-        ("old_new", "new", "k3", "new_old", 1),  # its value estimates the other direction
-    ):
+    for which in KL_LOSSES:
+        direction, samples, form = which
+        value_of = "new_old" if which == ("old_new", "new", "k3") else direction  # that one's is the other direction's
+        tail = int(which not in _WITHOUT_RATIO)
         found.append(Estimator(f"loss {form}", samples, value_of, direction, _loss(direction, samples, form), tail))
     return [
         *found,

@@ -15,6 +15,12 @@ HALF_LOG_2PI_E = tl.constexpr(1.41893853320467274178)
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
+# Direction of the KL, the policy that was sampled, the form: the places in reference.KL_LOSSES
+OLD_NEW_OLD_K1, OLD_NEW_OLD_K3 = tl.constexpr(0), tl.constexpr(1)
+NEW_OLD_OLD_K1, NEW_OLD_OLD_K2, NEW_OLD_OLD_K3 = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+NEW_OLD_NEW_K1, NEW_OLD_NEW_K2, NEW_OLD_NEW_K3 = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
+OLD_NEW_NEW_K1, OLD_NEW_NEW_K3 = tl.constexpr(8), tl.constexpr(9)
+
 
 @triton.jit
 def is_positive_normal(x):
@@ -109,24 +115,25 @@ def kl_loss_terms(x, WHICH: tl.constexpr):
     inv_r, phi_down = exp_terms(-clamped)
     k3_old = phi + (clamped - x)  # (r - 1) - x
     k3_new = phi_down + (x - clamped)  # (1/r - 1) + x
-    if WHICH == 0:
+    if WHICH == OLD_NEW_OLD_K1:
         value, coefficient = -x, tl.zeros_like(x) - 1.0
-    elif WHICH == 1:
+    elif WHICH == OLD_NEW_OLD_K3:
         value, coefficient = k3_old, phi + clamped
-    elif WHICH == 2:
+    elif WHICH == NEW_OLD_OLD_K1:
         value, coefficient = r * x, r * (x + 1.0)
-    elif WHICH == 3:
+    elif WHICH == NEW_OLD_OLD_K2:
         value, coefficient = 0.5 * r * x * x, r * x
-    elif WHICH == 4:
+    elif WHICH == NEW_OLD_OLD_K3:
         value, coefficient = r * k3_new, r * x
-    elif WHICH == 5:
+    elif WHICH == NEW_OLD_NEW_K1:
         value, coefficient = x, x
-    elif WHICH == 6:
+    elif WHICH == NEW_OLD_NEW_K2:
         value, coefficient = 0.5 * x * x, x
-    elif WHICH == 7:
+    elif WHICH == NEW_OLD_NEW_K3:
         value, coefficient = k3_new, x
-    elif WHICH == 8:
+    elif WHICH == OLD_NEW_NEW_K1:
         value, coefficient = -x * inv_r, -inv_r
     else:
+        tl.static_assert(WHICH == OLD_NEW_NEW_K3)
         value, coefficient = k3_new, clamped - phi_down  # 1 - 1/r
     return value, coefficient

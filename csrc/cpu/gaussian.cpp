@@ -1,5 +1,6 @@
 #include "gaussian.h"
 
+#include <utility>
 #include <vector>
 
 #include "../math/gaussian.h"

@@ -70,18 +70,20 @@ void kl_losses(const T* log_prob, const T* old_log_prob, int64_t rows, T* value,
   }
 }
 
+template <class T, int... each>
+auto kl_losses_of(KlLoss which, std::integer_sequence<int, each...>) {
+  static constexpr decltype(&kl_losses<KlLoss{}, T>) kLosses[] = {kl_losses<static_cast<KlLoss>(each), T>...};
+  return kLosses[static_cast<int>(which)];
+}
+
 template <class T>
 void gaussian_kl_loss_tile(const GaussianCall& call, int64_t index, T* memory) {
-  static constexpr decltype(&kl_losses<KlLoss{}, T>) kLosses[] = {
-      kl_losses<KlLoss::kOldNewOldK1, T>, kl_losses<KlLoss::kOldNewOldK3, T>, kl_losses<KlLoss::kNewOldOldK1, T>,
-      kl_losses<KlLoss::kNewOldOldK2, T>, kl_losses<KlLoss::kNewOldOldK3, T>, kl_losses<KlLoss::kNewOldNewK1, T>,
-      kl_losses<KlLoss::kNewOldNewK2, T>, kl_losses<KlLoss::kNewOldNewK3, T>, kl_losses<KlLoss::kOldNewNewK1, T>,
-      kl_losses<KlLoss::kOldNewNewK3, T>};
   const GaussianTile<T> tile(call, index, memory);
   const T* log_prob = log_probs(tile);
   const T* old_log_prob = read_rows(call.in[3], tile.row, tile.rows, 1, tile.array(5));
   T *value = tile.array(6), *coefficient = tile.array(7);
-  kLosses[static_cast<int>(call.kl_loss)](log_prob, old_log_prob, tile.rows, value, coefficient);
+  const auto losses = kl_losses_of<T>(call.kl_loss, std::make_integer_sequence<int, kNumKlLosses>{});
+  losses(log_prob, old_log_prob, tile.rows, value, coefficient);
   write_back(call.out[0], tile.row, tile.rows, value);
   write_back(call.out[1], tile.row, tile.rows, coefficient);
 }

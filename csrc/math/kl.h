@@ -20,6 +20,7 @@ enum class KlLoss : int {
   kOldNewNewK1,
   kOldNewNewK3,
 };
+constexpr int kNumKlLosses = static_cast<int>(KlLoss::kOldNewNewK3) + 1;
 
 template <class T>
 struct KlLossTerms {

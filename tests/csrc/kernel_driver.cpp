@@ -278,7 +278,7 @@ bool run_kl_loss(Plan& plan, const Sizes& n) {
   const View old_log_prob = b.input("old_log_prob", n.rows, 1, false);
   const Output value = b.output("value", n.rows, b.arithmetic_dtype());
   const Output coefficient = b.output("coefficient", n.rows, b.arithmetic_dtype());
-  const auto which = static_cast<KlLoss>(plan.pick(0, static_cast<int>(KlLoss::kOldNewNewK3)));
+  const auto which = static_cast<KlLoss>(plan.pick(0, kNumKlLosses - 1));
   gaussian_kl_loss(shape, which, actions, mean, std, old_log_prob, value, coefficient);
   return b.all_written();
 }

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from pyfast_ppo.backends import triton as backend
+from pyfast_ppo.reference import KL_LOSSES, METRICS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 4096
@@ -73,6 +74,14 @@ def largest_error(got: np.ndarray, want: np.ndarray) -> float:
 def both_signs(low: float, high: float, count: int) -> np.ndarray:
     magnitudes = np.geomspace(low, high, count)
     return np.concatenate([-magnitudes, magnitudes])
+
+
+def test_places_are_those_of_the_reference() -> None:
+    """The kernels cannot import its lists."""
+    kernels = backend._kernels("ppo_loss")
+    assert [getattr(kernels, name.upper()).value for name in METRICS] == list(range(kernels.NUM_METRICS.value))
+    places = [getattr(math, "_".join(loss).upper()).value for loss in KL_LOSSES]
+    assert places == list(range(len(KL_LOSSES)))
 
 
 def test_exp() -> None:
