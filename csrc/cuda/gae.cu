@@ -195,8 +195,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // --- kernel launcher -------------------------------------------------------------------------------------------------
 
-int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
-
 template <class T>
 void run(const GaeArgs& args, void* memory, const Stream& stream) {
   T* moments = args.normalize ? static_cast<T*>(memory) : nullptr;

@@ -152,8 +152,6 @@ __global__ void __launch_bounds__(kThreads, 2) gaussian_backward_kernel(const __
 
 // --- kernel launcher -------------------------------------------------------------------------------------------------
 
-int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
-
 template <class Function>
 Call make_call(const GaussianShape& shape, const View* inputs) {
   Call call{};

@@ -17,6 +17,9 @@ inline void check(cudaError_t status, const char* what) {
                            ")");
 }
 
+// How many blocks of `block` rows, environments or elements each.
+inline int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, const Stream& stream,
             const Arguments&... arguments) {

@@ -715,7 +715,7 @@ template <class T, class Net, bool kVector>
 void launch_tiles(Call<T> call, const Stream& stream) {
   const PpoLossArgs& args = call.args;
   call.tile_rows = rows_of_tile(args.num_actions, kVector);
-  call.num_tiles = (args.num_rows + call.tile_rows - 1) / call.tile_rows;
+  call.num_tiles = blocks_of(args.num_rows, call.tile_rows);
   call.sum_in_fours = args.num_actions % kPerThread == 0;
   const int64_t most = resident_blocks(stream.device, kBlocksPerProcessor);
   const auto kernel = args.std.row_stride != 0       ? ppo_loss_kernel<T, Net, Std::kPerRow, kVector>

@@ -132,7 +132,7 @@ def ppo_loss(
     kernels = _kernels("ppo_loss")
     num_rows, num_actions = mean.shape
     device = mean.device
-    shape = kernels.block_shape(num_actions)
+    shape = _kernels("shapes").block_shape(num_actions)
     tiles = -(-num_rows // shape["BLOCK_N"])
     programs_at_once = max(1, WARPS_PER_PROCESSOR // shape["num_warps"]) * _num_processors(device)
     max_programs = min(MAX_PROGRAMS, programs_at_once)
@@ -281,7 +281,7 @@ def _launch(
     kernel: str, leading: tuple[Tensor, ...], inputs: dict[str, Tensor], outputs: list[Tensor], **constants: int
 ) -> None:
     num_rows, num_actions = _num_rows(inputs), next(iter(inputs.values())).shape[-1]
-    shape = _kernels("ppo_loss").block_shape(num_actions)
+    shape = _kernels("shapes").block_shape(num_actions)
     matrices = {key: _matrix(t) for key, t in inputs.items()}
     with torch.cuda.device_of(outputs[0]):
         getattr(_kernels("gaussian"), kernel)[(-(-num_rows // shape["BLOCK_N"]),)](
@@ -316,7 +316,7 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """The gradients of the tensors ``of``; where another tensor gets the negated one, in a dtype that suits both."""
     num_rows, num_actions = _num_rows(inputs), of[0].shape[-1]
-    programs = -(-num_rows // _kernels("ppo_loss").block_shape(num_actions)["BLOCK_N"])
+    programs = -(-num_rows // _kernels("shapes").block_shape(num_actions)["BLOCK_N"])
     outputs = []
     for t, other in zip(of, shared_with, strict=True):
         if t.dim() == 1:  # partial sums, one row per program

@@ -35,7 +35,7 @@ INT_ARGUMENTS = {"coefficient_tensors", "num_rows", "num_original", "num_steps",
 def ppo_loss(num_actions: int, network: str = "fp32", std: str = "[A]", old_std: str = "[N, A]", **options: bool):
     """(kernel, constants, warps, types) of the loss."""
     kernels = _kernels("ppo_loss")
-    shape = kernels.block_shape(num_actions)
+    shape = _kernels("shapes").block_shape(num_actions)
     warps = shape.pop("num_warps")
     constants = dict.fromkeys(("MEAN_STRIDE", "ACTIONS_STRIDE", "OLD_MEAN_STRIDE", "A"), num_actions)
     constants |= {"STD_STRIDE": 0 if std == "[A]" else num_actions, **shape}
@@ -59,7 +59,7 @@ def normalize():
 
 
 def gaussian(kernel: str, num_actions: int, **options):
-    shape = _kernels("ppo_loss").block_shape(num_actions)
+    shape = _kernels("shapes").block_shape(num_actions)
     warps = shape.pop("num_warps")
     function = getattr(_kernels("gaussian"), kernel)
     strides = {name: num_actions for name in function.arg_names if name.endswith("_STRIDE")}
