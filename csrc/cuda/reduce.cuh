@@ -28,7 +28,7 @@ __device__ __forceinline__ T warp_max(T x) {
 }
 
 // atomicInc: counts up to `most` and then starts at 0 again. What this block wrote before the barrier before it is seen
-// after the barrier behind it, in the blocks that count later; an atomicAdd between two fences would be slower.
+// after the barrier behind it, in the blocks that count later: no fences beside the atomic.
 __device__ __forceinline__ unsigned count_and_wrap(unsigned* counter, unsigned most) {
 #if defined(__CUDA_ARCH__)
   unsigned before;
