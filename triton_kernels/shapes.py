@@ -10,7 +10,8 @@ def block_shape(num_actions: int) -> dict[str, int]:
 
     A thread holds 8 elements where four neighbours are one 128-bit load, so two rows or fewer. Where A is no multiple
     of 4, neighbours go to different threads, each of which then has as many rows as elements: 4, or the rows' terms
-    would not fit into its registers.
+    would not fit into its registers. No tile has more rows than threads, so that a row's single numbers, of which masks
+    leave no wide load, are read without gaps.
     """
     block_a = triton.next_power_of_2(num_actions)
     threads = 128
