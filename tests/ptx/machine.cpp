@@ -290,9 +290,15 @@ void count_traffic(const Warp& warp, uint32_t mask, int address_register, int64_
 using Run = std::function<void(Block&, Warp&, uint32_t)>;
 using Builder = std::function<Run(const Instruction&)>;
 
+void expect_operands(const Instruction& i, size_t to, size_t of) {
+  if (i.to.size() != to || i.of.size() != of)
+    fail("unknown instruction " + i.mnemonic + " with these operands: " + i.text);
+}
+
 template <class To, class A, class F>
 Builder unary(F f) {
   return [f](const Instruction& i) -> Run {
+    expect_operands(i, 1, 1);
     return [f, to = i.to.at(0), a = i.of.at(0)](Block&, Warp& w, uint32_t mask) {
       for_lanes(mask, [&](int lane) { w.set<To>(to, lane, f(w.get<A>(a, lane))); });
     };
@@ -302,6 +308,7 @@ Builder unary(F f) {
 template <class To, class A, class B, class F>
 Builder binary(F f) {
   return [f](const Instruction& i) -> Run {
+    expect_operands(i, 1, 2);
     return [f, to = i.to.at(0), a = i.of.at(0), b = i.of.at(1)](Block&, Warp& w, uint32_t mask) {
       for_lanes(mask, [&](int lane) { w.set<To>(to, lane, f(w.get<A>(a, lane), w.get<B>(b, lane))); });
     };
@@ -311,6 +318,7 @@ Builder binary(F f) {
 template <class To, class A, class B, class C, class F>
 Builder ternary(F f) {
   return [f](const Instruction& i) -> Run {
+    expect_operands(i, 1, 3);
     return [f, to = i.to.at(0), a = i.of.at(0), b = i.of.at(1), c = i.of.at(2)](Block&, Warp& w, uint32_t mask) {
       for_lanes(mask,
                 [&](int lane) { w.set<To>(to, lane, f(w.get<A>(a, lane), w.get<B>(b, lane), w.get<C>(c, lane))); });
@@ -320,6 +328,7 @@ Builder ternary(F f) {
 
 Builder load(bool global, size_t element, size_t count, bool read_only) {
   return [=](const Instruction& i) -> Run {
+    expect_operands(i, count, 1);
     return [=, to = i.to, address = i.of.at(0), offset = i.offset](Block& block, Warp& w, uint32_t mask) {
       const size_t size = element * count;
       Counts& counts = block.machine->counts;
@@ -345,6 +354,7 @@ Builder load(bool global, size_t element, size_t count, bool read_only) {
 
 Builder store(bool global, size_t element, size_t count) {
   return [=](const Instruction& i) -> Run {
+    expect_operands(i, 0, 1 + count);
     return [=, of = i.of, offset = i.offset](Block& block, Warp& w, uint32_t mask) {
       const size_t size = element * count;
       Counts& counts = block.machine->counts;
@@ -488,6 +498,22 @@ Builder matrices(bool loads, int count) {
   };
 }
 
+// PTX ISA 9.7.14.6. ``join`` of what all lanes give.
+template <class T, class F>
+Builder reduce(F join) {
+  return [join](const Instruction& i) -> Run {
+    return [join, to = i.to.at(0), of = i.of](Block&, Warp& w, uint32_t mask) {
+      T result = w.get<T>(of.at(0), first_lane(mask));
+      for_lanes(mask, [&](int lane) { result = join(result, w.get<T>(of.at(0), lane)); });
+      for_lanes(mask, [&](int lane) {
+        if (w.get<uint32_t>(of.at(1), lane) != mask)
+          fail("redux.sync whose mask is not that of the lanes that take part");
+        w.set(to, lane, result);
+      });
+    };
+  };
+}
+
 template <class T>
 T shift_left(T x, uint32_t n) {
   return n >= 8 * sizeof(T) ? T(0) : static_cast<T>(x << n);
@@ -533,6 +559,7 @@ class Table {
     for_integers<uint64_t>("u64"), for_integers<int64_t>("s64");
     for_bits<uint16_t>("16"), for_bits<uint32_t>("32"), for_bits<uint64_t>("64");
     for_floats<float>("f32"), for_floats<double>("f64");
+    pairs();
     wide<int16_t, int32_t>("s16"), wide<uint16_t, uint32_t>("u16");
     wide<int32_t, int64_t>("s32"), wide<uint32_t, uint64_t>("u32");
     comparisons_of_narrow<BFloat16>("bf16"), comparisons_of_narrow<Float16>("f16");
@@ -623,9 +650,32 @@ class Table {
     add("sqrt.rn." + t, unary<T, T>([](T a) { return std::sqrt(a); }));
     add("neg." + t, unary<T, T>([](T a) { return -a; }));
     add("abs." + t, unary<T, T>([](T a) { return std::fabs(a); }));
-    add("min." + t, binary<T, T, T>([](T a, T b) { return std::fmin(a, b); }));
-    add("max." + t, binary<T, T, T>([](T a, T b) { return std::fmax(a, b); }));
+    either_of_two_or_three<T>("min." + t, [](T a, T b) { return std::fmin(a, b); });
+    either_of_two_or_three<T>("max." + t, [](T a, T b) { return std::fmax(a, b); });
     compare_floats<T>(t, [](T a) { return a; });
+  }
+
+  // three since Blackwell
+  template <class T, class F>
+  void either_of_two_or_three(const std::string& mnemonic, F f) {
+    const Builder two = binary<T, T, T>(f);
+    const Builder three = ternary<T, T, T, T>([f](T a, T b, T c) { return f(f(a, b), c); });
+    add(mnemonic, [two, three](const Instruction& i) { return i.of.size() == 3 ? three(i) : two(i); });
+  }
+
+  // two float32 in a register of 64 bits (Blackwell)
+  void pairs() {
+    struct Pair {
+      float low, high;
+    };
+    for (const std::string end : {".f32x2", ".rn.f32x2"}) {
+      add("add" + end, binary<Pair, Pair, Pair>([](Pair a, Pair b) { return Pair{a.low + b.low, a.high + b.high}; }));
+      add("sub" + end, binary<Pair, Pair, Pair>([](Pair a, Pair b) { return Pair{a.low - b.low, a.high - b.high}; }));
+      add("mul" + end, binary<Pair, Pair, Pair>([](Pair a, Pair b) { return Pair{a.low * b.low, a.high * b.high}; }));
+    }
+    add("fma.rn.f32x2", ternary<Pair, Pair, Pair, Pair>([](Pair a, Pair b, Pair c) {
+          return Pair{std::fma(a.low, b.low, c.low), std::fma(a.high, b.high, c.high)};
+        }));
   }
 
   template <class Narrow>
@@ -654,6 +704,19 @@ class Table {
   template <class T, class F>
   void compare(const std::string& how, const std::string& t, F f) {
     add("setp." + how + "." + t, binary<uint64_t, T, T>([f](T a, T b) { return static_cast<uint64_t>(f(a, b)); }));
+    if constexpr (sizeof(T) == 2) {  // two of them, a predicate for each
+      add("setp." + how + "." + t + "x2", [f](const Instruction& i) -> Run {
+        return [f, to = i.to, a = i.of.at(0), b = i.of.at(1)](Block&, Warp& w, uint32_t mask) {
+          for_lanes(mask, [&](int lane) {
+            for (int half = 0; half < 2; ++half) {
+              const T x = static_cast<T>(w.get<uint32_t>(a, lane) >> 16 * half);
+              const T y = static_cast<T>(w.get<uint32_t>(b, lane) >> 16 * half);
+              w.set(to.at(half), lane, static_cast<uint64_t>(f(x, y)));
+            }
+          });
+        };
+      });
+    }
   }
 
   template <class T, class Wide>
@@ -699,6 +762,15 @@ class Table {
   template <class Narrow>
   void narrow(const std::string& t) {
     add("cvt.f32." + t, unary<float, uint16_t>(widened<Narrow>));
+    for (const std::string rounding : {".", ".rn."}) {  // the first operand is narrow (Blackwell)
+      add("add" + rounding + "f32." + t,
+          binary<float, uint16_t, float>([](uint16_t a, float b) { return widened<Narrow>(a) + b; }));
+      add("sub" + rounding + "f32." + t,
+          binary<float, uint16_t, float>([](uint16_t a, float b) { return widened<Narrow>(a) - b; }));
+    }
+    add("fma.rn.f32." + t, ternary<float, uint16_t, uint16_t, float>([](uint16_t a, uint16_t b, float c) {
+          return std::fma(widened<Narrow>(a), widened<Narrow>(b), c);
+        }));
     add("cvt.rn." + t + ".f32", unary<uint16_t, float>(narrowed<Narrow>));
     add("cvt.rn." + t + "x2.f32", binary<uint32_t, float, float>([](float high, float low) {
           return static_cast<uint32_t>(narrowed<Narrow>(high)) << 16 | narrowed<Narrow>(low);
@@ -745,6 +817,8 @@ class Table {
           const int from = first | (b & ~segment);
           return Peer(from, from <= last);
         }));
+    add("redux.sync.max.f32", reduce<float>([](float a, float b) { return std::fmax(a, b); }));
+    add("redux.sync.min.f32", reduce<float>([](float a, float b) { return std::fmin(a, b); }));
     const Builder nothing = [](const Instruction&) -> Run { return [](Block&, Warp&, uint32_t) {}; };
     for (const char* name : {"bra", "bra.uni", "ret", "exit", "bar.sync", "bar.warp.sync"}) add(name, nothing);
   }
@@ -757,7 +831,8 @@ Kind kind_of(const std::string& mnemonic) {
   if (begins("bra")) return Kind::kBranch;
   if (mnemonic == "ret" || mnemonic == "exit") return Kind::kExit;
   if (mnemonic == "bar.sync") return Kind::kBarrier;
-  if (begins("shfl.sync") || begins("bar.warp.sync") || begins("ldmatrix") || begins("stmatrix"))
+  if (begins("shfl.sync") || begins("redux.sync") || begins("bar.warp.sync") || begins("ldmatrix") ||
+      begins("stmatrix"))
     return Kind::kTogether;
   return Kind::kPlain;
 }

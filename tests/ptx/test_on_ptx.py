@@ -21,18 +21,27 @@ LEAST_LOADED = {"cuda": {"aligned": 0.75, "others": 0.9}, "triton": {"aligned": 
 LEAST_STORED = {"cuda": {"aligned": 0.95, "others": 0.89}, "triton": {"aligned": 0.9, "others": 0.65}}
 
 
-@pytest.fixture(scope="module", params=["triton", "cuda"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
+@pytest.fixture(scope="module", params=["triton sm_90", "triton sm_100", "cuda sm_90"])
+def compiler(request: pytest.FixtureRequest) -> list[str]:
+    """Blackwell has instructions of its own, which Triton uses."""
+    backend, architecture = request.param.split(" sm_")
+    if backend == "triton":
         pytest.importorskip("triton")
     elif shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc")
-    return request.param
+    return [backend, architecture]
 
 
 @pytest.fixture(scope="module")
-def found(backend: str) -> dict:
-    done = subprocess.run([sys.executable, SCRIPT, backend], capture_output=True, text=True, timeout=1500)
+def backend(compiler: list[str]) -> str:
+    return compiler[0]
+
+
+@pytest.fixture(scope="module")
+def found(compiler: list[str]) -> dict:
+    backend, architecture = compiler
+    command = [sys.executable, SCRIPT, backend, "--capability", architecture]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     if (match := UNKNOWN.search(done.stderr)) and "CI" not in os.environ:  # of another compiler than ours
         pytest.skip(f"machine.cpp does not know what this compiler writes: {match[0]}")
     assert done.returncode == 0, done.stderr[-4000:]
