@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import copy
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import shutil
@@ -32,6 +31,8 @@ from pyfast_ppo.vec_env import (
     check_obs_groups,
     clip,
     clipped_action_space,
+    is_state,
+    near_matches,
     single_observation_space,
 )
 
@@ -42,10 +43,6 @@ except ImportError as error:
         f"pyfast_ppo.isaaclab needs isaaclab_rl, which cannot be imported here ({error}); install Isaac Lab and run"
         " this with its Python. Isaac Lab 2 can be imported only after AppLauncher has started Isaac Sim."
     ) from error
-
-# Tensors of an environment beyond this many elements, and without a dimension of size E, are data, not state: motions,
-# terrains
-_LARGEST_STATE = 2**20
 
 # Where Isaac Lab has its histories, delays, noise with a bias, filters, and stacks of frames
 _STATEFUL_MODULES = tuple(f"isaaclab.utils.{name}" for name in ("buffers", "noise", "modifiers", "images"))
@@ -320,8 +317,7 @@ class _StateCopier:
             return self._copies[id(value)]
         kind: Any = type(value)
         if isinstance(value, Tensor):
-            is_state = value.numel() <= _LARGEST_STATE or self.num_envs in value.shape
-            twin: Any = value.clone() if is_state else value
+            twin: Any = value.clone() if is_state(value, self.num_envs) else value
         elif isinstance(value, TensorDictBase):
             twin = value.clone()
         elif kind is tuple:
@@ -440,7 +436,7 @@ def make(task: str, num_envs: int, device: str, seed: int) -> tuple[RslRlVecEnvW
     from isaaclab_tasks.utils import load_cfg_from_registry, resolve_presets
 
     if task not in gymnasium.registry:
-        raise ValueError(f"Isaac Lab has no task {task!r}{_near_matches(task, gymnasium.registry)}.")
+        raise ValueError(f"Isaac Lab has no task {task!r}{near_matches(task, gymnasium.registry)}.")
     if "rsl_rl_cfg_entry_point" not in gymnasium.spec(task).kwargs:
         raise ValueError(f"the task {task!r} has no config for rsl_rl.")
     env_cfg = resolve_presets(load_cfg_from_registry(task, "env_cfg_entry_point"))
@@ -480,8 +476,3 @@ def _use_local_cartpole(scene: Any) -> None:
     path.write_text(fixed)
     robot.spawn.usd_path = str(path)
     scene.ground = None
-
-
-def _near_matches(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f"; near it: {', '.join(near)}" if near else ""

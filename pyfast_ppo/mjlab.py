@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,16 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from pyfast_ppo.vec_env import Bounds, ClipActions, action_bounds, check_obs_groups, clip
+from pyfast_ppo.vec_env import (
+    Bounds,
+    ClipActions,
+    action_bounds,
+    check_obs_groups,
+    clip,
+    is_state,
+    near_matches,
+    without_absent_options,
+)
 
 try:
     from mjlab.envs import ManagerBasedRlEnv
@@ -35,9 +43,6 @@ except ImportError as error:
     ) from error
 
 _Observations = Mapping[str, "Tensor | _Observations"]
-
-# Tensors of a term beyond this many elements, and without a dimension of size E, are data, not state: a motion library
-_LARGEST_STATE = 2**20
 
 
 class RslRlVecEnvWrapper(StockWrapper):
@@ -204,7 +209,8 @@ def make(task: str, num_envs: int, device: str, seed: int) -> tuple[RslRlVecEnvW
     from mjlab.tasks.registry import list_tasks, load_env_cfg, load_rl_cfg
 
     if task not in list_tasks():
-        raise ValueError(f"mjlab has no task {task!r}{_near_matches(task, list_tasks())}.")
+        near = near_matches(task, list_tasks())
+        raise ValueError(f"mjlab has no task {task!r}{near or '; there are: ' + ', '.join(list_tasks())}.")
     env_cfg, runner_cfg = load_env_cfg(task), load_rl_cfg(task)
     for name, command in env_cfg.commands.items():
         file = getattr(command, "motion_file", None)
@@ -217,7 +223,7 @@ def make(task: str, num_envs: int, device: str, seed: int) -> tuple[RslRlVecEnvW
     env_cfg.seed = seed
     runner_cfg.seed = seed
     env = RslRlVecEnvWrapper(ManagerBasedRlEnv(env_cfg, device=device), runner_cfg.clip_actions, runner_cfg.obs_groups)
-    return env, _without_absent_options(asdict(runner_cfg))
+    return env, without_absent_options(asdict(runner_cfg))
 
 
 @contextmanager
@@ -260,7 +266,7 @@ def _put_back(objects: Iterable[object], num_envs: int) -> Iterator[None]:
             return
         seen.add(id(value))
         if isinstance(value, Tensor):
-            if value.numel() <= _LARGEST_STATE or num_envs in value.shape:
+            if is_state(value, num_envs):
                 tensors.append((value, value.clone()))
         elif isinstance(value, dict):
             dicts.append((value, dict(value)))
@@ -321,22 +327,3 @@ def _matching_space(obs: _Observations, declared: Space | None) -> DictSpace:
         matches = space is not None and (space.shape, space.dtype) == (shape, dtype)
         spaces[name] = space if matches else Box(shape=shape, dtype=dtype)
     return DictSpace(shape=(next(iter(spaces.values())).shape[0],), spaces=spaces)
-
-
-def _without_absent_options(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without options that are None, which mjlab's runner takes out and rsl_rl's own would not expect."""
-    for network in (config[name] for name in ("actor", "critic") if name in config):
-        for option in ("cnn_cfg", "distribution_cfg"):
-            if network.get(option) is None:
-                network.pop(option, None)
-        if network.get("rnn_type") is None:
-            for option in ("rnn_type", "rnn_hidden_dim", "rnn_num_layers"):
-                network.pop(option, None)
-    return config
-
-
-def _near_matches(task: str, tasks: Sequence[str]) -> str:
-    by_lower_case = {name.lower(): name for name in tasks}
-    near = difflib.get_close_matches(task.lower(), by_lower_case, n=3, cutoff=0.5)
-    found = [by_lower_case[name] for name in near] or list(tasks)
-    return f"; {'near it' if near else 'there are'}: {', '.join(found)}"

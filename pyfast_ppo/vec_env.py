@@ -1,4 +1,4 @@
-"""What the wrappers of simulators share: the clip of actions, observation spaces, checks of ``obs_groups``.
+"""What the wrappers of simulators share: the clip of actions, observation spaces, checks of ``obs_groups``, tasks.
 
 ``E`` environments, ``A`` action dimensions. Nothing here starts a simulator, and Gymnasium is imported only where a
 space is built: mjlab has spaces of its own.
@@ -6,7 +6,8 @@ space is built: mjlab has spaces of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeGuard
 
 import numpy as np
@@ -182,16 +183,6 @@ def single_observation_space(
     return Dict({name: _group_space(group, known.get(name)) for name, group in obs.items()})
 
 
-def observation_spaces(
-    obs: TensorDict | Mapping[str, Any], declared: gymnasium.Space | None = None
-) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Dict]:
-    """The space of one environment, as :func:`single_observation_space` returns it, and that of all E together."""
-    from gymnasium.vector.utils import batch_space
-
-    # Gymnasium's annotations do not say that a Dict gives a Dict
-    return (single := single_observation_space(obs, declared)), batch_space(single, next(_leaves(obs)).shape[0])  # type: ignore[return-value]
-
-
 def check_obs_groups(obs_groups: Mapping[str, Iterable[str]], obs: TensorDict | Mapping[str, Any]) -> None:
     """Check that the groups which a runner config names are among those that the environment returns.
 
@@ -238,9 +229,38 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _leaves(obs: Any) -> Iterator[Tensor]:
-    for group in obs.values():
-        if isinstance(group, Tensor):
-            yield group
-        else:
-            yield from _leaves(group)
+# --- state ------------------------------------------------------------------------------------------------------------
+
+_LARGEST_STATE = 2**20
+
+
+def is_state(value: Tensor, num_envs: int) -> bool:
+    """Whether a tensor may change from step to step.
+
+    One of more elements, and without a dimension of size E, is data: a motion library, a terrain.
+    """
+    return value.numel() <= _LARGEST_STATE or num_envs in value.shape
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def near_matches(name: str, names: Iterable[str]) -> str:
+    """The end of a message that a task is not there: those with a name like it, in whatever case; or nothing."""
+    by_lower_case = {known.lower(): known for known in names}
+    near = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0.6)
+    return f"; near it: {', '.join(by_lower_case[found] for found in near)}" if near else ""
+
+
+def without_absent_options(config: dict[str, Any]) -> dict[str, Any]:
+    """A runner config of mjlab without the options of other kinds of networks. It is changed.
+
+    mjlab's dataclass has them all; its runner takes these out, rsl_rl's own would hand them to a network.
+    """
+    for network in (config[name] for name in ("actor", "critic") if isinstance(config.get(name), dict)):
+        absent = [option for option in ("cnn_cfg", "distribution_cfg") if network.get(option) is None]
+        if network.get("rnn_type") is None:
+            absent += ["rnn_type", "rnn_hidden_dim", "rnn_num_layers"]
+        for option in absent:
+            network.pop(option, None)
+    return config

@@ -1,4 +1,4 @@
-"""The clip of actions, observation spaces and the check of obs_groups that the simulators' wrappers share."""
+"""What the simulators' wrappers share: the clip of actions, observation spaces, the check of obs_groups, tasks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 from tensordict import TensorDict
 
 from pyfast_ppo.vec_env import (
@@ -18,8 +19,10 @@ from pyfast_ppo.vec_env import (
     clip,
     clip_range,
     clipped_action_space,
-    observation_spaces,
+    is_state,
+    near_matches,
     single_observation_space,
+    without_absent_options,
 )
 
 UNBOUNDED = spaces.Box(-np.inf, np.inf, (3,))
@@ -206,8 +209,7 @@ def returned_groups(num_envs: int = 4) -> TensorDict:
 
 def test_spaces_match_the_returned_groups():
     obs = returned_groups()
-    single, batched = observation_spaces(obs)
-    assert single == single_observation_space(obs)
+    single = single_observation_space(obs)
     assert list(single) == sorted(obs.keys())
     assert {name: space.shape for name, space in single.items() if name != "terms"} == {
         "policy": (5,),
@@ -217,13 +219,11 @@ def test_spaces_match_the_returned_groups():
     }
     assert single["terms"]["height"] == spaces.Box(-np.inf, np.inf, (1,), np.float64)
     assert single["image"] == spaces.Box(0, 255, (3, 8, 9), np.uint8)
-    assert batched["image"].shape == (4, 3, 8, 9)
-    assert batched["terms"]["count"].shape == (4, 1)
-    assert batched["terms"]["count"].dtype == np.int64
+    assert single["terms"]["count"].dtype == np.int64
 
     arrays = {name: obs[name].float().numpy() if name == "critic" else obs[name].numpy() for name in obs.keys()}  # noqa: SIM118
     arrays["terms"] = {name: value.numpy() for name, value in obs["terms"].items()}
-    assert batched.contains(arrays)
+    assert batch_space(single, 4).contains(arrays)
 
 
 def test_declared_bounds_are_kept_where_they_fit():
@@ -263,3 +263,27 @@ def test_obs_groups_that_are_there():
 def test_wrong_obs_groups(obs_groups, error, message):
     with pytest.raises(error, match=message):
         check_obs_groups(obs_groups, returned_groups())
+
+
+def test_what_may_be_state() -> None:
+    assert is_state(torch.zeros(2**20), 7)
+    assert not is_state(torch.zeros(2**20 + 1), 7)
+    assert is_state(torch.zeros(2**20, 7), 7)
+
+
+def test_names_that_are_near() -> None:
+    names = ["Isaac-Cartpole-Direct", "Isaac-Ant", "Mjlab-Go1"]
+    assert near_matches("isaac-cartpole-direkt", names) == "; near it: Isaac-Cartpole-Direct"
+    assert near_matches("Hopper", names) == ""
+
+
+def test_options_that_are_not_used_are_taken_out() -> None:
+    """And no others, whatever their value is."""
+    rnn = {"rnn_type": "lstm", "rnn_hidden_dim": 256, "rnn_num_layers": 1}
+    critic = {**rnn, "rnn_type": None, "cnn_cfg": None, "distribution_cfg": None, "activation": None}
+    config = {"actor": {**rnn, "cnn_cfg": {}}, "critic": critic, "seed": None}
+    assert without_absent_options(config) == {
+        "actor": {**rnn, "cnn_cfg": {}},
+        "critic": {"activation": None},
+        "seed": None,
+    }

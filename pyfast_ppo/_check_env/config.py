@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyfast_ppo._check_env.finding import Finding
+from pyfast_ppo.vec_env import without_absent_options
 
 
 def as_dict(train_cfg: Any) -> dict | None:
@@ -21,24 +22,11 @@ def as_dict(train_cfg: Any) -> dict | None:
     if callable(getattr(train_cfg, "to_dict", None)):
         return copy.deepcopy(train_cfg.to_dict())
     if dataclasses.is_dataclass(type(train_cfg)):
-        return _without_absent_options(dataclasses.asdict(train_cfg))
+        return without_absent_options(dataclasses.asdict(train_cfg))
     raise TypeError(
         f"train_cfg must be a dict, a dataclass or have to_dict(), but is {type(train_cfg).__name__}: give what"
         " OnPolicyRunner takes."
     )
-
-
-def _without_absent_options(cfg: dict) -> dict:
-    """Without the options of other kinds of networks, which mjlab's dataclass has and its runner takes out."""
-    for network in ("actor", "critic"):
-        if isinstance(options := cfg.get(network), dict):
-            is_recurrent = options.get("rnn_type") is not None
-            cfg[network] = {
-                name: value
-                for name, value in options.items()
-                if value is not None and (is_recurrent or not name.startswith("rnn_"))
-            }
-    return cfg
 
 
 def initial_std(cfg: dict | None) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 
 import gymnasium
@@ -11,6 +10,7 @@ import mujoco
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.train_config import Settings
 from pyfast_ppo.gymnasium import GymnasiumVecEnv
+from pyfast_ppo.vec_env import near_matches
 
 
 def make_env(settings: Settings) -> GymnasiumVecEnv:
@@ -25,7 +25,9 @@ def make_env(settings: Settings) -> GymnasiumVecEnv:
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"{settings.env} needs a package that is missing: {error}") from error
     except gymnasium.error.Error as error:
-        raise UserError(f"there is no Gymnasium task {settings.env!r}{_near_matches(settings.env)}.") from error
+        raise UserError(
+            f"there is no Gymnasium task {settings.env!r}{near_matches(settings.env, gymnasium.registry)}."
+        ) from error
     except (ImportError, ValueError) as error:
         raise UserError(f"{settings.env} cannot be trained: {error}") from error
 
@@ -44,12 +46,6 @@ def vector_groups(env: GymnasiumVecEnv) -> list[str]:
             " a CNNModel and pyfast_ppo.gymnasium:GymnasiumVecEnv."
         )
     return list(map(str, obs.keys()))
-
-
-def _near_matches(env_id: str) -> str:
-    by_lower_case = {name.lower(): name for name in gymnasium.registry}
-    near = difflib.get_close_matches(env_id.lower(), by_lower_case, n=3, cutoff=0.6)
-    return f"; near it: {', '.join(by_lower_case[name] for name in near)}" if near else ""
 
 
 class _WarnOnce:

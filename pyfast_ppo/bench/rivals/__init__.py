@@ -5,8 +5,8 @@ there, with the method's name and the version. Where a library's formula differs
 Before anything is timed, its loss and gradients must be ours where the formulas are the same: with the value's
 clipping switched off in all of them, and with it, too, where the library clips as rsl_rl does.
 
-A library's module has ``NAME``, ``PACKAGE`` (on PyPI), ``NOTE``, ``CLIPS_VALUES_ALIKE`` and ``make_loss(batch,
-clip_value)``; if it has an advantage estimator that takes tensors, ``make_gae(rollout)``, too.
+A library's module has ``NAME``, ``NOTE``, ``CLIPS_VALUES_ALIKE`` and ``make_loss(batch, clip_value)``; if it has an
+advantage estimator that takes tensors, ``make_gae(rollout)``, too.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch import Tensor
 from pyfast_ppo.bench.rivals.loss_and_leaves import LossAndLeaves, log_of
 from pyfast_ppo.bench.stock import COEFFICIENTS, GAMMA, LAM, MiniBatch
 
-NAME, PACKAGE = "rl_games", "rl-games"
+NAME = "rl_games"
 CLIPS_VALUES_ALIKE = True
 NOTE = (
     "The same loss, its value coefficient counted double; its KL has an epsilon of 1e-5 and is taken the other way "

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyfast_ppo.bench.rivals.loss_and_leaves import LossAndLeaves, log_of
 from pyfast_ppo.bench.stock import COEFFICIENTS, GAMMA, LAM, MiniBatch
 
-NAME, PACKAGE = "skrl", "skrl"
+NAME = "skrl"
 CLIPS_VALUES_ALIKE = False
 NOTE = (
     "The clipped value alone, where rsl_rl takes the larger of the clipped and the plain loss; k3 from samples, where "

@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from pyfast_ppo.bench.rivals.loss_and_leaves import LossAndLeaves, log_of
 from pyfast_ppo.bench.stock import COEFFICIENTS, MiniBatch
 
-NAME, PACKAGE = "Stable-Baselines3", "stable-baselines3"
+NAME = "Stable-Baselines3"
 CLIPS_VALUES_ALIKE = False
 NOTE = (
     "The clipped value alone, where rsl_rl takes the larger of the clipped and the plain loss; k3 from samples, where "

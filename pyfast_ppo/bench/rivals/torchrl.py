@@ -20,7 +20,7 @@ from torchrl.objectives.value.functional import (
 from pyfast_ppo.bench.rivals.loss_and_leaves import LossAndLeaves
 from pyfast_ppo.bench.stock import COEFFICIENTS, GAMMA, LAM, MiniBatch
 
-NAME, PACKAGE = "TorchRL", "torchrl"
+NAME = "TorchRL"
 CLIPS_VALUES_ALIKE = True
 NOTE = (
     "The same loss, with the ratio clipped as a logarithm; k1 from samples, where rsl_rl has the exact KL. It looks on "
