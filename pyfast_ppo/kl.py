@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyfast_ppo.ops.gaussian import gaussian_kl as gaussian
 from pyfast_ppo.ops.gaussian import gaussian_kl_loss
+from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS
 from pyfast_ppo.reference import KL_LOSSES, MAX_LOG_RATIO, expm1_minus, k3, kl_loss_terms
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 ESTIMATORS = ("k1", "k2", "k3")
-DIRECTIONS = ("old_new", "new_old")
 POLICIES = ("old", "new")
 
 
@@ -141,9 +141,6 @@ def loss(log_ratio: Tensor, direction: str = "old_new", sampled_from: str = "old
     Raises:
         ValueError: An unknown name, or a form that has not this gradient.
     """
-    _check("direction", direction, DIRECTIONS)
-    _check("sampled_from", sampled_from, POLICIES)
-    _check("form", form, ESTIMATORS)
     value, coefficient = kl_loss_terms(log_ratio, _which_loss(direction, sampled_from, form))
     return value + coefficient * (log_ratio - log_ratio.detach())
 
@@ -187,7 +184,7 @@ def gaussian_loss(
 
 def _which_loss(direction: str, sampled_from: str, form: str) -> int:
     """Its place in ``KL_LOSSES``."""
-    _check("direction", direction, DIRECTIONS)
+    _check("direction", direction, KL_DIRECTIONS)
     _check("sampled_from", sampled_from, POLICIES)
     _check("form", form, ESTIMATORS)
     if (direction, sampled_from, form) not in KL_LOSSES:
@@ -244,7 +241,7 @@ def sequence_loss(
         ValueError: An unknown name or a shape that does not fit; a direction that these samples do not give; fewer
             than 2 sequences for ``weight=None``.
     """
-    _check("direction", direction, DIRECTIONS)
+    _check("direction", direction, KL_DIRECTIONS)
     _check("sampled_from", sampled_from, POLICIES)
     if (direction == "old_new") != (sampled_from == "old"):
         raise ValueError(

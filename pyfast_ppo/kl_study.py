@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyfast_ppo import kl
-from pyfast_ppo.reference import KL_LOSSES, MAX_LOG_RATIO
+from pyfast_ppo.reference import KL_LOSSES, MAX_LOG_RATIO, gaussian_kl
 from pyfast_ppo.schedules import ProportionalSchedule, RslRlSchedule, RslRlScheduleBefore5
 
 PATHS = ("mean shift", "growing std", "shrinking std")
@@ -316,10 +316,9 @@ class RuleFinding:
     reward: float
 
 
-def exact_mean_kl(_: Tensor, old: Gaussians, new: Gaussians) -> Tensor:
-    """KL(old‖new) of each row: Σ ½[φ(2δ) + m²]."""
-    d = 2.0 * torch.log(old.std / new.std)
-    return 0.5 * (torch.expm1(d) - d + ((old.mean - new.mean) / new.std).square()).sum(-1)
+def exact_kl(_: Tensor, old: Gaussians, new: Gaussians) -> Tensor:
+    """KL(old‖new) of each row."""
+    return gaussian_kl(old.mean, old.std, new.mean, new.std)
 
 
 def rules(desired_kl: float) -> list[Rule]:
@@ -331,7 +330,7 @@ def rules(desired_kl: float) -> list[Rule]:
         for name in ("k3", "k1", "k2")
     ]
     return [
-        Rule("rsl_rl 5.x", "exact KL", RslRlSchedule(desired_kl), exact_mean_kl),
+        Rule("rsl_rl 5.x", "exact KL", RslRlSchedule(desired_kl), exact_kl),
         *sampled,
         Rule(
             "rsl_rl before 5.0",
@@ -340,7 +339,7 @@ def rules(desired_kl: float) -> list[Rule]:
             lambda _, old, new: RslRlScheduleBefore5.kl(old.mean, old.std, new.mean, new.std),
         ),
         *(
-            Rule("proportional", "exact KL, last epoch", ProportionalSchedule(target), exact_mean_kl)
+            Rule("proportional", "exact KL, last epoch", ProportionalSchedule(target), exact_kl)
             for target in (desired_kl, 3.0 * desired_kl)
         ),
     ]
@@ -389,7 +388,7 @@ def study_rule(rule: Rule, seed: int, updates: int) -> RuleFinding:
             adam.step([mean_gradient, std_gradient], lr)
         if isinstance(rule.schedule, ProportionalSchedule):
             lr = rule.schedule.update(torch.stack(last_epoch).mean(0), lr)
-        end = exact_mean_kl(ell, old, Gaussians(observations @ weights, log_std.exp())).mean(-1)
+        end = exact_kl(ell, old, Gaussians(observations @ weights, log_std.exp())).mean(-1)
         history.append(torch.stack((end.double(), torch.stack(rates).mean(0), reward.mean(-1).double())))
     end_kl, rate, reward = torch.stack(history[updates // 2 :], dim=1)
     return RuleFinding(

@@ -18,6 +18,11 @@ class RslRlSchedule:
     factor = 1.5
 
     def __init__(self, desired_kl: float, min_rate: float = 1e-5, max_rate: float = 1e-2) -> None:
+        """``desired_kl`` in nats.
+
+        Raises:
+            ValueError: ``desired_kl`` is negative.
+        """
         if not desired_kl >= 0.0:
             raise ValueError(f"desired_kl must not be negative, got {desired_kl}")
         self.desired_kl = desired_kl
@@ -71,6 +76,11 @@ class ProportionalSchedule:
     """
 
     def __init__(self, desired_kl: float, min_rate: float = 1e-5, max_rate: float = 1e-2, factor: float = 1.5) -> None:
+        """``desired_kl`` in nats.
+
+        Raises:
+            ValueError: ``desired_kl`` is not positive, or ``factor`` not greater than 1.
+        """
         if not desired_kl > 0.0:
             raise ValueError(f"desired_kl must be positive, got {desired_kl}")
         if not factor > 1.0:
@@ -100,6 +110,11 @@ class EarlyStop:
     """
 
     def __init__(self, limit: float) -> None:
+        """``limit`` in nats.
+
+        Raises:
+            ValueError: It is not positive.
+        """
         if not limit > 0.0:
             raise ValueError(f"limit must be positive, got {limit}")
         self.limit = limit
@@ -124,6 +139,11 @@ class AdaptivePenalty:
     """
 
     def __init__(self, desired_kl: float, min_coef: float = 1e-6, max_coef: float = 1e6) -> None:
+        """``desired_kl`` in nats.
+
+        Raises:
+            ValueError: ``desired_kl`` is not positive.
+        """
         if not desired_kl > 0.0:
             raise ValueError(f"desired_kl must be positive, got {desired_kl}")
         self.desired_kl = desired_kl

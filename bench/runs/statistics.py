@@ -6,7 +6,7 @@ array ``[runs, ...]`` per task: the strata. Tasks of different scales have to be
 list.
 
 Percentile intervals of ten runs are somewhat too narrow: a 95% interval of the interquartile mean holds the true value
-in about nine of ten cases (tests/bench/test_statistics.py). The permutation test keeps its level at any number of
+in about nine of ten cases (tests/bench/runs/test_statistics.py). The permutation test keeps its level at any number of
 runs.
 """
 

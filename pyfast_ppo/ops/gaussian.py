@@ -43,7 +43,10 @@ def gaussian_entropy(std: Tensor, *, backend: str | None = None) -> Tensor:
         backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
 
     Returns:
-        0-dim for [A], else [N].
+        0-dim for [A], else [N]. A second derivative is refused, except by the eager backend.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: As ``ppo_loss``.
     """
     if not isinstance(std, Tensor):
         raise TypeError(f"std must be a tensor, got {type(std).__name__}")

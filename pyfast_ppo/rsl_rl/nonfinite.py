@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class NonFiniteError(RuntimeError):
-    """An update met NaN or infinite numbers; the parameters are those from before."""
+    """An update met NaN or infinite numbers. Actor and critic are as the last finite step left them."""
 
 
 def first_nonfinite(storage: RolloutStorage, models: Iterable[nn.Module]) -> str:
