@@ -138,14 +138,14 @@ class _Gaussian(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad):
-        grads = list(getattr(ctx.run, ctx.operation + "_backward")(grad, *ctx.saved_tensors))
+    def backward(ctx, inputs, grad):
+        grads = list(getattr(ctx.run, ctx.operation + "_backward")(grad, *inputs))
         if ctx.operation in _MIRRORED:
             mirrored, of = _MIRRORED[ctx.operation]
             grads.insert(mirrored, None)
             if ctx.needs_input_grad[2 + mirrored]:
-                grads[mirrored] = (-grads[of]).to(ctx.saved_tensors[mirrored].dtype)
-            grads[of] = grads[of].to(ctx.saved_tensors[of].dtype)
+                grads[mirrored] = (-grads[of]).to(inputs[mirrored].dtype)
+            grads[of] = grads[of].to(inputs[of].dtype)
         return None, None, *grads
 
 
@@ -161,7 +161,7 @@ class _KlLoss(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad):
-        coefficient, actions, mean, std = ctx.saved_tensors
+    def backward(ctx, saved, grad):
+        coefficient, actions, mean, std = saved
         grad_mean, grad_std = ctx.run.gaussian_log_prob_backward(grad * coefficient, actions, mean, std)
         return None, None, None, grad_mean.to(mean.dtype), grad_std, None

@@ -171,8 +171,9 @@ def ppo_loss(
         backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
 
     Returns:
-        ``PPOLossOutput``. Gradients flow from ``loss`` to ``mean``, ``std`` and ``values``; a second derivative is
-        refused.
+        ``PPOLossOutput``. Gradients flow from ``loss`` to ``mean``, ``std`` and ``values``. A second derivative is
+        refused. (Of what torch.compile compiled, torch refuses it in ``backward()`` alone: ``torch.autograd.grad`` and
+        ``backward(inputs=...)`` leave it out without a word.)
 
     Raises:
         ValueError: A shape, device, coefficient or backend that does not fit; A = 0; N = 0.
@@ -396,14 +397,14 @@ class _PPOLoss(torch.autograd.Function):
     def forward(ctx, mean, std, values, run, rest):
         metrics, *grads = run.ppo_loss(mean, std, values, *rest)
         ctx.save_for_backward(*grads)
+        ctx.inputs = mean, std, values  # not saved: backward does not read them, so that they may change before it
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return metrics[0].clone(), metrics
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad_loss, _):
-        grads = ctx.saved_tensors
+    def backward(ctx, grads, grad_loss, _):
         if not _is_known_to_be_one(grad_loss):
             grads = _scale(grad_loss, grads)
         return *grads, None, None

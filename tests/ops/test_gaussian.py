@@ -11,6 +11,7 @@ import torch
 from backends_here import rows_that_it_can
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from second_derivative import WAYS
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -323,17 +324,23 @@ def with_one(t: Tensor, value: float) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("expanded_std", [False, True])
 @pytest.mark.parametrize("scaled_by_a_parameter", [False, True])
 def test_second_derivative_is_refused(
-    backend: str, device: str, operation: Operation, scaled_by_a_parameter: bool
+    backend: str, device: str, operation: Operation, way: Callable, expanded_std: bool, scaled_by_a_parameter: bool
 ) -> None:
-    arguments = make_arguments(operation.names, (20, 3), std_per_row=(True, True), device=device)
-    arguments[0].requires_grad_()
+    arguments = make_arguments(operation.names, (20, 3), std_per_row=(not expanded_std,) * 2, device=device)
     factor = torch.ones((), device=device, requires_grad=scaled_by_a_parameter)
-    value = factor * operation.function(*arguments, backend=backend).sum()
-    (grad,) = torch.autograd.grad(value, arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        (grad.pow(2).sum() + arguments[0].sum()).backward()
+    for i, x in enumerate(arguments):
+
+        def function(x: Tensor, i: int = i) -> Tensor:
+            x = x.expand(20, 3) if expanded_std and x.dim() == 1 else x * 1.0
+            value = operation.function(*arguments[:i], x, *arguments[i + 1 :], backend=backend)
+            return factor * value.sum()
+
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            way(function, x.requires_grad_())
 
 
 def test_eager_has_a_second_derivative(operation: Operation) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +25,9 @@ from ppo_loss_oracle import (
     call_with_autograd,
     make_inputs,
 )
+from second_derivative import WAYS
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import pyfast_ppo
 from pyfast_ppo import backends, ppo_loss, ppo_loss_and_grad, ppo_loss_reference
@@ -189,16 +193,63 @@ def test_gradients_for_autograd_backward(inputs: Inputs, grads: dict[str, Tensor
     torch.testing.assert_close(weight.grad, want)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("scaled_by_a_parameter", [False, True])
-def test_second_derivative_is_refused(inputs: Inputs, backend: str, scaled_by_a_parameter: bool) -> None:
+def test_second_derivative_is_refused(
+    inputs: Inputs, backend: str, way: Callable, name: str, scaled_by_a_parameter: bool
+) -> None:
     """A penalty on the gradient must not silently have none."""
     leaves = with_leaves(inputs)
     factor = torch.ones((), device=inputs["mean"].device, requires_grad=scaled_by_a_parameter)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        way(lambda x: factor * ppo_loss(**{**leaves, name: x * 1.0}, backend=backend).loss, leaves[name])
+
+
+def test_second_derivative_by_a_factor_is_refused(inputs: Inputs, backend: str) -> None:
+    """The gradient depends on what the loss was multiplied by, too."""
+    leaves = with_leaves(inputs)
+    factor = torch.ones((), device=inputs["mean"].device, requires_grad=True)
     loss = factor * ppo_loss(**leaves, backend=backend).loss
     (grad,) = torch.autograd.grad(loss, leaves["mean"], create_graph=True)
-    assert grad.requires_grad
     with pytest.raises(RuntimeError, match="no second derivative"):
-        (grad.pow(2).sum() + leaves["mean"].sum()).backward()
+        torch.autograd.grad(grad.sum(), factor)
+
+
+def test_second_derivative_of_a_checkpointed_loss_is_refused(inputs: Inputs, backend: str) -> None:
+    """A saved tensor may be unpacked only once there."""
+    leaves = with_leaves(inputs)
+
+    def function(mean: Tensor) -> Tensor:
+        def both(mean: Tensor) -> Tensor:
+            log_prob = pyfast_ppo.gaussian_log_prob(leaves["actions"], mean * 1, leaves["std"], backend=backend)
+            return ppo_loss(**{**leaves, "mean": mean * 1}, backend=backend).loss + log_prob.sum()
+
+        return checkpoint(both, mean, use_reentrant=False)
+
+    function(leaves["mean"]).backward()
+    assert leaves["mean"].grad is not None
+    (grad,) = torch.autograd.grad(function(leaves["mean"]), leaves["mean"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), leaves["mean"])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_graph_is_freed_without_the_garbage_collector(inputs: Inputs, backend: str, create_graph: bool) -> None:
+    """Nothing that the graph keeps leads back to it: memory of a mini-batch must not wait for a collection."""
+    leaves = with_leaves(inputs)
+    mean = leaves["mean"] * 1
+    loss = ppo_loss(**{**leaves, "mean": mean}, backend=backend).loss
+    grads = torch.autograd.grad(loss, [leaves["mean"], leaves["std"]], create_graph=create_graph)
+    gone = [weakref.ref(t) for t in (mean, loss, *grads)]
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        del mean, loss, grads
+        assert [ref() for ref in gone] == [None] * len(gone)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def test_reference_has_a_second_derivative(device: str) -> None:
