@@ -20,7 +20,7 @@ using PyShape = std::tuple<int64_t, int64_t, bool, int>;  // N, A, use_double, n
 GaussianShape shape(const PyShape& s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)}; }
 
 // For what the Gaussian functions take: a std may be a row [A] that all rows share.
-View row_or_matrix(py::handle tensor) { return view(tensor, true); }
+View row_or_matrix(py::handle tensor, const char* name) { return view(tensor, name, true); }
 
 }  // namespace
 
@@ -51,21 +51,22 @@ PYBIND11_MODULE(_C, m) {
                                const py::object& bias) {  // contiguous float32, as the caller has seen to
     const auto [num_rows, num_cols, num_threads] = sizes;
     float* data = static_cast<float*>(output(x).data);
-    const float* bias_data = static_cast<const float*>(view(bias, true).data);
+    const float* bias_data = static_cast<const float*>(view(bias, "bias", true).data);
     py::gil_scoped_release release;
     add_bias_and_elu(num_rows, num_cols, data, bias_data, num_threads);
   });
   m.def("add_bias_and_elu_backward", [](const std::tuple<int64_t, int64_t, int>& sizes, const py::object& grad_y,
                                         const py::object& y, const py::object& grad_x, const py::object& grad_bias) {
     const auto [num_rows, num_cols, num_threads] = sizes;
-    const float* inputs[] = {static_cast<const float*>(view(grad_y).data), static_cast<const float*>(view(y).data)};
+    const float* inputs[] = {static_cast<const float*>(view(grad_y, "grad_y").data),
+                             static_cast<const float*>(view(y, "y").data)};
     float* outputs[] = {static_cast<float*>(output(grad_x).data), static_cast<float*>(output(grad_bias).data)};
     py::gil_scoped_release release;
     add_bias_and_elu_backward(num_rows, num_cols, inputs[0], inputs[1], outputs[0], outputs[1], num_threads);
   });
   m.def("gaussian_log_prob", [](const PyShape& s, const py::object& actions, const py::object& mean,
                                 const py::object& std, const py::object& out) {
-    const View views[] = {row_or_matrix(actions), row_or_matrix(mean), row_or_matrix(std)};
+    const View views[] = {row_or_matrix(actions, "actions"), row_or_matrix(mean, "mean"), row_or_matrix(std, "std")};
     const Output result = output(out);
     py::gil_scoped_release release;
     gaussian_log_prob(shape(s), views[0], views[1], views[2], result);
@@ -73,7 +74,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gaussian_log_prob_backward", [](const PyShape& s, const py::object& actions, const py::object& mean,
                                          const py::object& std, const py::object& grad, const py::object& grad_mean,
                                          const py::object& grad_std) {
-    const View views[] = {row_or_matrix(actions), row_or_matrix(mean), row_or_matrix(std)}, grad_view = view(grad);
+    const View views[] = {row_or_matrix(actions, "actions"), row_or_matrix(mean, "mean"), row_or_matrix(std, "std")},
+               grad_view = view(grad, "the incoming gradient");
     const Output results[] = {output(grad_mean), output(grad_std)};
     py::gil_scoped_release release;
     gaussian_log_prob_backward(shape(s), views[0], views[1], views[2], grad_view, results[0], results[1]);
@@ -81,41 +83,44 @@ PYBIND11_MODULE(_C, m) {
   m.def("gaussian_kl_loss",
         [](const PyShape& s, int which, const py::object& actions, const py::object& mean, const py::object& std,
            const py::object& old_log_prob, const py::object& value, const py::object& coefficient) {
-          const View views[] = {row_or_matrix(actions), row_or_matrix(mean), row_or_matrix(std), view(old_log_prob)};
+          const View views[] = {row_or_matrix(actions, "actions"), row_or_matrix(mean, "mean"),
+                                row_or_matrix(std, "std"), view(old_log_prob, "old_log_prob")};
           const Output results[] = {output(value), output(coefficient)};
           py::gil_scoped_release release;
           gaussian_kl_loss(shape(s), static_cast<KlLoss>(which), views[0], views[1], views[2], views[3], results[0],
                            results[1]);
         });
   m.def("gaussian_entropy", [](const PyShape& s, const py::object& std, const py::object& out) {
-    const View views[] = {row_or_matrix(std)};
+    const View views[] = {row_or_matrix(std, "std")};
     const Output result = output(out);
     py::gil_scoped_release release;
     gaussian_entropy(shape(s), views[0], result);
   });
   m.def("gaussian_entropy_backward",
         [](const PyShape& s, const py::object& std, const py::object& grad, const py::object& grad_std) {
-          const View views[] = {row_or_matrix(std)}, grad_view = view(grad);
+          const View views[] = {row_or_matrix(std, "std")}, grad_view = view(grad, "the incoming gradient");
           const Output results[] = {output(grad_std)};
           py::gil_scoped_release release;
           gaussian_entropy_backward(shape(s), views[0], grad_view, results[0]);
         });
   m.def("gaussian_kl", [](const PyShape& s, const py::object& mean_p, const py::object& std_p, const py::object& mean_q,
                           const py::object& std_q, const py::object& out) {
-    const View views[] = {row_or_matrix(mean_p), row_or_matrix(std_p), row_or_matrix(mean_q), row_or_matrix(std_q)};
+    const View views[] = {row_or_matrix(mean_p, "mean_p"), row_or_matrix(std_p, "std_p"),
+                          row_or_matrix(mean_q, "mean_q"), row_or_matrix(std_q, "std_q")};
     const Output result = output(out);
     py::gil_scoped_release release;
     gaussian_kl(shape(s), views[0], views[1], views[2], views[3], result);
   });
-  m.def("gaussian_kl_backward", [](const PyShape& s, const py::object& mean_p, const py::object& std_p,
-                                   const py::object& mean_q, const py::object& std_q, const py::object& grad,
-                                   const py::object& grad_mean_p, const py::object& grad_std_p,
-                                   const py::object& grad_std_q) {
-    const View views[] = {row_or_matrix(mean_p), row_or_matrix(std_p), row_or_matrix(mean_q), row_or_matrix(std_q)},
-               grad_view = view(grad);
-    const Output results[] = {output(grad_mean_p), output(grad_std_p), output(grad_std_q)};
-    py::gil_scoped_release release;
-    gaussian_kl_backward(shape(s), views[0], views[1], views[2], views[3], grad_view, results[0], results[1],
-                         results[2]);
-  });
+  m.def("gaussian_kl_backward",
+        [](const PyShape& s, const py::object& mean_p, const py::object& std_p, const py::object& mean_q,
+           const py::object& std_q, const py::object& grad, const py::object& grad_mean_p, const py::object& grad_std_p,
+           const py::object& grad_std_q) {
+          const View views[] = {row_or_matrix(mean_p, "mean_p"), row_or_matrix(std_p, "std_p"),
+                                row_or_matrix(mean_q, "mean_q"), row_or_matrix(std_q, "std_q")},
+                     grad_view = view(grad, "the incoming gradient");
+          const Output results[] = {output(grad_mean_p), output(grad_std_p), output(grad_std_q)};
+          py::gil_scoped_release release;
+          gaussian_kl_backward(shape(s), views[0], views[1], views[2], views[3], grad_view, results[0], results[1],
+                               results[2]);
+        });
 }

@@ -38,6 +38,7 @@ struct Torch {
   PyObject* const stride = PyUnicode_InternFromString("stride");
   PyObject* const shape = PyUnicode_InternFromString("shape");
   PyObject* const dtype = PyUnicode_InternFromString("dtype");
+  PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
 
   static const Torch& get() {
     static const Torch* const torch = new Torch();  // never freed: at exit Python is gone before it
@@ -107,7 +108,7 @@ inline void* address_of(py::handle tensor) {
   return PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(tensor.ptr(), Torch::get().data_ptr)).ptr());
 }
 
-inline TensorObject read_tensor(py::handle tensor) {
+inline TensorObject read_in_any_way(py::handle tensor) {
   TensorObject out{};
   if (read_quickly(tensor, &out)) return out;
   const Torch& torch = Torch::get();
@@ -127,35 +128,62 @@ inline TensorObject read_tensor(py::handle tensor) {
   return out;
 }
 
+// Whether there are elements, but no memory to find them in: subclasses that hold other tensors, tensors that only
+// know their shape, storage that was freed. A view into such storage has its offset for an address; nothing is mapped
+// in the first page.
+inline bool lacks_memory(const TensorObject& t) {
+  return reinterpret_cast<uintptr_t>(t.data) < 4096 && t.shape[0] * t.shape[1] != 0;
+}
+
+[[noreturn]] inline void refuse_without_memory(const char* name) {
+  throw py::value_error(std::string(name) +
+                        " has no memory of its own (a DTensor, FakeTensor or freed storage); pass its local tensor, or "
+                        "backend='eager'");
+}
+
+inline TensorObject read_tensor(py::handle tensor, const char* name) {
+  const TensorObject t = read_in_any_way(tensor);
+  if (lacks_memory(t)) refuse_without_memory(name);
+  return t;
+}
+
 // [N, A], [N], or nothing at all where it is None; shared_row: one dimension means a row [A] that all rows share.
-inline View view(py::handle tensor, bool shared_row = false) {
+inline View view(py::handle tensor, const char* name, bool shared_row = false) {
   if (tensor.is_none()) return {};
-  const TensorObject t = read_tensor(tensor);
+  const TensorObject t = read_tensor(tensor, name);
   if (t.dims == 2) return {t.data, t.dtype, t.strides[0], t.strides[1]};
   return {t.data, t.dtype, shared_row ? 0 : t.strides[0], shared_row ? t.strides[0] : 1};
 }
 
 inline Output output(py::handle tensor) {
-  const TensorObject t = read_tensor(tensor);
+  const TensorObject t = read_tensor(tensor, "an output");
   return {t.data, t.dtype};
 }
 
-inline Coefficient coefficient(py::handle value) {
+inline Coefficient coefficient(py::handle value, const char* name) {
   if (PyFloat_Check(value.ptr())) return {nullptr, DType::kFloat64, PyFloat_AS_DOUBLE(value.ptr())};
-  const TensorObject t = read_tensor(value);
+  const TensorObject t = read_tensor(value, name);
   return {t.data, t.dtype, 0.0};
+}
+
+// Whether torch's negative bit is set: what stands in memory has the other sign. Only views of the imaginary part of
+// conjugated tensors come with it, whose elements lie at least two apart.
+inline bool is_negated(py::handle tensor, const TensorObject& t) {
+  if ((t.shape[0] > 1 && t.strides[0] == 1) || (t.shape[1] > 1 && t.strides[1] == 1)) return false;
+  return own(PyObject_CallMethodNoArgs(tensor.ptr(), Torch::get().is_neg)).ptr() == Py_True;
 }
 
 // Whether the loss's ten inputs, in the order of PpoLossArgs, are right and as kernels take them, so that there is
 // nothing to reshape and nothing to complain about: matrices [N, A], vectors [N] or [N, 1], stds [A] or contiguous
-// [N, A], floating point, on one device. 0: that is not so, or was not found out. Else 32 or 64: the bits of the
-// arithmetic.
+// [N, A], floating point, in memory, with their own sign, on one device. 0: that is not so, or was not found out. Else
+// 32 or 64: the bits of the arithmetic.
 inline int plain_bits(const py::tuple& inputs) {
   TensorObject t[10];
   if (inputs.size() != 10) return 0;
   int bits = 32;
   for (size_t i = 0; i < 10; ++i) {
     if (!read_quickly(inputs[i], &t[i]) || t[i].dtype == DType::kUInt8) return 0;
+    if (lacks_memory(t[i]) || is_negated(inputs[i], t[i])) return 0;
     if (t[i].device.type != t[0].device.type || t[i].device.id != t[0].device.id) return 0;
     if (t[i].dtype == DType::kFloat64) bits = 64;
   }
@@ -182,9 +210,15 @@ inline PpoLossArgs ppo_loss_args(const std::tuple<int64_t, int64_t, int64_t>& si
   std::tie(args.num_rows, args.num_original, args.num_actions) = sizes;
   View* const views[] = {&args.mean,     &args.std,     &args.values,     &args.actions, &args.old_log_prob,
                          &args.old_mean, &args.old_std, &args.advantages, &args.returns, &args.old_values};
-  for (size_t i = 0; i < 10; ++i) *views[i] = view(inputs[i], views[i] == &args.std || views[i] == &args.old_std);
-  args.clip_param = coefficient(coefficients[0]), args.value_loss_coef = coefficient(coefficients[1]);
-  args.entropy_coef = coefficient(coefficients[2]), args.kl_coef = coefficient(coefficients[3]);
+  const char* const names[] = {"mean",     "std",     "values",     "actions", "old_log_prob",
+                               "old_mean", "old_std", "advantages", "returns", "old_values"};
+  for (size_t i = 0; i < 10; ++i) {
+    *views[i] = view(inputs[i], names[i], views[i] == &args.std || views[i] == &args.old_std);
+  }
+  args.clip_param = coefficient(coefficients[0], "clip_param");
+  args.value_loss_coef = coefficient(coefficients[1], "value_loss_coef");
+  args.entropy_coef = coefficient(coefficients[2], "entropy_coef");
+  args.kl_coef = coefficient(coefficients[3], "kl_coef");
   args.use_clipped_value_loss = use_clipped_value_loss, args.kl_new_old = kl_new_old;
   args.metrics = output(outputs[0]), args.grad_mean = output(outputs[1]);
   args.grad_std = output(outputs[2]), args.grad_values = output(outputs[3]);
@@ -198,9 +232,10 @@ inline GaeArgs gae_args(const std::tuple<int64_t, int64_t>& sizes, const py::tup
   std::tie(args.num_steps, args.num_envs) = sizes;
   View* const views[] = {&args.rewards,     &args.values,    &args.dones,
                          &args.last_values, &args.time_outs, &args.final_values};
-  for (size_t i = 0; i < 6; ++i) *views[i] = view(inputs[i], views[i] == &args.last_values);
+  const char* const names[] = {"rewards", "values", "dones", "last_values", "time_outs", "final_values"};
+  for (size_t i = 0; i < 6; ++i) *views[i] = view(inputs[i], names[i], views[i] == &args.last_values);
   args.gamma = gamma, args.lam = lam, args.normalize = normalize;
-  args.advantages = address_of(outputs[0]), args.returns = address_of(outputs[1]);
+  args.advantages = output(outputs[0]).data, args.returns = output(outputs[1]).data;
   return args;
 }
 

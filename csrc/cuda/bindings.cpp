@@ -19,30 +19,33 @@ Stream stream(const PyStream& s) { return {std::get<0>(s), reinterpret_cast<void
 
 GaussianShape shape(const PyShape& s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
 
-std::vector<View> views(const py::tuple& tensors) {
+using Names = std::vector<const char*>;
+
+std::vector<View> views(const py::tuple& tensors, const Names& names) {
   std::vector<View> found;
-  for (const py::handle tensor : tensors) found.push_back(view(tensor, true));
+  for (size_t i = 0; i < names.size(); ++i) found.push_back(view(tensors[i], names[i], true));
   return found;
 }
 
 // Of 3, 1 or 4 inputs with 2, 1 or 3 gradients (see Gaussian).
-void bind_gaussian(py::module_& m, const std::string& name, Gaussian function) {
+void bind_gaussian(py::module_& m, const std::string& name, Gaussian function, const Names& names) {
   m.def(name.c_str(),
-        [function](const PyShape& s, const py::tuple& inputs, const py::object& out, const PyStream& where) {
-          const std::vector<View> found = views(inputs);
+        [function, names](const PyShape& s, const py::tuple& inputs, const py::object& out, const PyStream& where) {
+          const std::vector<View> found = views(inputs, names);
           const Output to = output(out);
           const WithoutGil other_threads_run;
           gaussian(function, shape(s), found.data(), to, stream(where));
         });
-  m.def((name + "_backward").c_str(), [function](const PyShape& s, const py::tuple& inputs, const py::object& grad,
-                                                 const py::tuple& gradients, const PyStream& where) {
-    std::vector<Output> outputs;
-    for (const py::handle tensor : gradients) outputs.push_back(output(tensor));
-    const std::vector<View> found = views(inputs);
-    const View of_output = view(grad);
-    const WithoutGil other_threads_run;
-    gaussian_backward(function, shape(s), found.data(), of_output, outputs.data(), stream(where));
-  });
+  m.def((name + "_backward").c_str(),
+        [function, names](const PyShape& s, const py::tuple& inputs, const py::object& grad, const py::tuple& gradients,
+                          const PyStream& where) {
+          std::vector<Output> outputs;
+          for (const py::handle tensor : gradients) outputs.push_back(output(tensor));
+          const std::vector<View> found = views(inputs, names);
+          const View of_output = view(grad, "the incoming gradient");
+          const WithoutGil other_threads_run;
+          gaussian_backward(function, shape(s), found.data(), of_output, outputs.data(), stream(where));
+        });
 }
 
 }  // namespace
@@ -56,6 +59,7 @@ void bind(py::module_ m) {
                        const py::tuple& scratch, const PyStream& where) {
     Gather gather;
     if (!row_index.is_none()) gather = {static_cast<const int64_t*>(address_of(row_index)), num_rollout_rows};
+    if (!row_index.is_none() && gather.index == nullptr) refuse_without_memory("row_index");
     const PpoLossArgs args = ppo_loss_args(sizes, inputs, coefficients, use_clipped_value_loss, kl_new_old, outputs);
     const Scratch memory{address_of(scratch[0]), static_cast<unsigned*>(address_of(scratch[1]))};
     const WithoutGil other_threads_run;
@@ -73,15 +77,15 @@ void bind(py::module_ m) {
   m.def("gaussian_blocks", [](const PyShape& s) { return gaussian_blocks(shape(s)); });
   m.def("gaussian_kl_loss", [](const PyShape& s, int which, const py::tuple& inputs, const py::object& old_log_prob,
                                const py::object& value, const py::object& coefficient, const PyStream& where) {
-    const std::vector<View> found = views(inputs);
-    const View old = view(old_log_prob);
+    const std::vector<View> found = views(inputs, {"actions", "mean", "std"});
+    const View old = view(old_log_prob, "old_log_prob");
     const Output to = output(value), to_coefficient = output(coefficient);
     const WithoutGil other_threads_run;
     gaussian_kl_loss(static_cast<KlLoss>(which), shape(s), found.data(), old, to, to_coefficient, stream(where));
   });
-  bind_gaussian(m, "gaussian_log_prob", Gaussian::kLogProb);
-  bind_gaussian(m, "gaussian_entropy", Gaussian::kEntropy);
-  bind_gaussian(m, "gaussian_kl", Gaussian::kKl);
+  bind_gaussian(m, "gaussian_log_prob", Gaussian::kLogProb, {"actions", "mean", "std"});
+  bind_gaussian(m, "gaussian_entropy", Gaussian::kEntropy, {"std"});
+  bind_gaussian(m, "gaussian_kl", Gaussian::kKl, {"mean_p", "std_p", "mean_q", "std_q"});
 }
 
 }  // namespace pyfast_ppo::cuda

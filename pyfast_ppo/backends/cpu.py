@@ -48,7 +48,7 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(metrics, grad_mean, grad_std, grad_values)."""
     inputs = (mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values)
-    metrics = torch.empty(len(METRICS), dtype=dtype)
+    metrics = mean.new_empty(len(METRICS), dtype=dtype)
     grad_mean, grad_std, grad_values = gradient_of(mean), gradient_of(std), gradient_of(values)
     _C.ppo_loss(
         (mean.shape[0], num_original, mean.shape[1]),
@@ -77,7 +77,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns), each [T, E]."""
     dtype = arithmetic_dtype(rewards, values, last_values, final_values)
-    advantages, returns = out or (torch.empty(rewards.shape, dtype=dtype) for _ in range(2))
+    advantages, returns = out or (rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
     _C.gae(
         tuple(rewards.shape),
         (rewards, values, dones, last_values, time_outs, final_values),
@@ -111,7 +111,7 @@ def _shape(shape: torch.Size, dtype: torch.dtype) -> tuple[int, ...]:
 def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """[N, A], [N, A], [A] or [N, A] -> [N]."""
     dtype = arithmetic_dtype(actions, mean, std)
-    out = torch.empty(mean.shape[0], dtype=dtype)
+    out = mean.new_empty(mean.shape[0], dtype=dtype)
     _C.gaussian_log_prob(_shape(mean.shape, dtype), actions, mean, std, out)
     return out
 
@@ -136,14 +136,14 @@ def gaussian_kl_loss(
 ) -> tuple[Tensor, Tensor]:
     """(value, coefficient), each [N], of the loss ``KL_LOSSES[which]``."""
     dtype = arithmetic_dtype(actions, mean, std, old_log_prob)
-    value, coefficient = torch.empty(2, mean.shape[0], dtype=dtype).unbind()
+    value, coefficient = mean.new_empty(2, mean.shape[0], dtype=dtype).unbind()
     _C.gaussian_kl_loss(_shape(mean.shape, dtype), which, actions, mean, std, old_log_prob, value, coefficient)
     return value, coefficient
 
 
 def gaussian_entropy(std: Tensor) -> Tensor:
     """[N, A] -> [N]."""
-    out = torch.empty(std.shape[0], dtype=arithmetic_dtype(std))
+    out = std.new_empty(std.shape[0], dtype=arithmetic_dtype(std))
     _C.gaussian_entropy(_shape(std.shape, out.dtype), std, out)
     return out
 
@@ -158,7 +158,7 @@ def gaussian_entropy_backward(grad: Tensor, std: Tensor) -> tuple[Tensor, ...]:
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
     """[N, A], [A] or [N, A], [N, A], [A] or [N, A] -> [N]."""
     dtype = arithmetic_dtype(mean_p, std_p, mean_q, std_q)
-    out = torch.empty(mean_p.shape[0], dtype=dtype)
+    out = mean_p.new_empty(mean_p.shape[0], dtype=dtype)
     _C.gaussian_kl(
         _shape(mean_p.shape, dtype),
         mean_p,

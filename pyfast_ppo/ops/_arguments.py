@@ -11,18 +11,24 @@ from pyfast_ppo.ops.shared_row import spread_over_rows as spread_over_rows  # pp
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_tensor(name: str, t: Tensor, device: torch.device) -> None:
-    """``t`` is a floating-point tensor on ``device``."""
+def check_tensor(name: str, t: Tensor) -> None:
+    """``t`` is a floating-point tensor."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in DTYPES:
         raise TypeError(
             f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}; convert it with .float()"
         )
+
+
+def tensor_on(name: str, t: Tensor, device: torch.device) -> Tensor:
+    """``t``, a floating-point tensor on ``device``, with the signs that stand in its memory."""
+    check_tensor(name, t)
     if t.device != device:
         raise ValueError(
             f"{name} is on {t.device}, the other arguments are on {device}; move it with .to({str(device)!r})"
         )
+    return t.resolve_neg()  # a kernel knows nothing of torch's negative bit: z.conj().imag is z.imag and that bit
 
 
 def check_matrix(name: str, t: Tensor) -> torch.Size:
@@ -40,7 +46,7 @@ def check_matrix(name: str, t: Tensor) -> torch.Size:
 
 def rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """``t`` of shape [..., A] as [N, A]."""
-    check_tensor(name, t, device)
+    t = tensor_on(name, t, device)
     if t.shape != shape:
         raise ValueError(f"{name} must have the shape {list(shape)}, got {list(t.shape)}")
     return t if t.dim() == 2 else t.reshape(-1, shape[-1])
@@ -48,7 +54,7 @@ def rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tenso
 
 def row_or_rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """A std of shape [A] as it is, of shape [..., A] as [N, A], and an expanded view of one row as that row [A]."""
-    check_tensor(name, t, device)
+    t = tensor_on(name, t, device)
     if t.shape == shape[-1:]:
         return t
     if t.shape != shape:
@@ -61,7 +67,7 @@ def row_or_rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -
 
 def vector(name: str, t: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
     """``t`` of shape [...] or [..., 1] as [N] or [N, 1]: a view less to make."""
-    check_tensor(name, t, device)
+    t = tensor_on(name, t, device)
     shape = t.shape
     if shape != leading and (shape[:-1] != leading or shape[-1] != 1):
         raise ValueError(f"{name} must have the shape {list(leading)} or {[*leading, 1]}, got {list(shape)}")
@@ -92,7 +98,7 @@ def coefficient(name: str, value: float | Tensor, device: torch.device) -> float
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it with .float()")
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, the other arguments are on {device}; create it there")
-        return value.detach()
+        return value.detach().resolve_neg()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
     return float(value)

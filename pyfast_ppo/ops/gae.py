@@ -103,8 +103,7 @@ def _places(
 
 
 def _floats(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    arguments.check_tensor(name, t, device)
-    return _steps_by_envs(name, t, shape).detach()
+    return _steps_by_envs(name, arguments.tensor_on(name, t, device), shape).detach()
 
 
 def _flags(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:

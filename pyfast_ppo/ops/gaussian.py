@@ -50,9 +50,11 @@ def gaussian_entropy(std: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if not isinstance(std, Tensor):
         raise TypeError(f"std must be a tensor, got {type(std).__name__}")
-    leading = arguments.check_matrix("std", std if std.dim() > 1 else std.unsqueeze(0))
-    flat = arguments.rows("std", std, std.shape, std.device) if std.dim() > 1 else std.unsqueeze(0)
-    arguments.check_tensor("std", std, std.device)
+    if std.dim() == 0:
+        raise ValueError("std must be [A] or [N, A] (any leading dimensions), got shape []")
+    matrix = std if std.dim() > 1 else std.view(1, std.shape[0])
+    leading = arguments.check_matrix("std", matrix)
+    flat = arguments.rows("std", matrix, matrix.shape, std.device)
     entropy = _apply("gaussian_entropy", backend, std.device, (flat,))
     return entropy.view(leading) if std.dim() > 1 else entropy[0]
 
@@ -139,7 +141,7 @@ class _Gaussian(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx, inputs, grad):
-        grads = list(getattr(ctx.run, ctx.operation + "_backward")(grad, *inputs))
+        grads = list(getattr(ctx.run, ctx.operation + "_backward")(grad.resolve_neg(), *inputs))
         if ctx.operation in _MIRRORED:
             mirrored, of = _MIRRORED[ctx.operation]
             grads.insert(mirrored, None)
