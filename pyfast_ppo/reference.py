@@ -160,6 +160,9 @@ def ppo_loss(
     values, old_log_prob, advantages, returns, old_values = (
         t.reshape(-1) for t in (values, old_log_prob, advantages, returns, old_values)
     )
+    clip_param, value_loss_coef, entropy_coef, kl_coef = (
+        c.to(dtype) if isinstance(c, Tensor) else c for c in (clip_param, value_loss_coef, entropy_coef, kl_coef)
+    )
     std = std.expand_as(mean)
     old_mean = old_mean[:num_original]
     old_std = old_std.expand_as(mean)[:num_original] if old_std.dim() == 1 else old_std[:num_original]
@@ -167,8 +170,10 @@ def ppo_loss(
     # clipped surrogate
     log_ratio = gaussian_log_prob(actions, mean, std) - old_log_prob  # [N]
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
-    correction = clamped - log_ratio.detach()  # NaN if the log-ratio is not finite, so that it shows
-    ratio = torch.exp(log_ratio + correction)
+    correction = clamped - log_ratio.detach()
+    # log_ratio + correction would not be clamped: past 10⁷ float32 rounds the correction by more than 1. The zero that
+    # has the gradient is NaN if the log-ratio is not finite, so that it shows.
+    ratio = torch.exp(clamped + (log_ratio - log_ratio.detach()))
     # torch's stubs have clamp for two numbers and for two tensors, but not for what may be either
     clipped_ratio = torch.clamp(ratio, 1.0 - clip_param, 1.0 + clip_param)  # type: ignore[arg-type]
     surrogate = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()

@@ -487,6 +487,19 @@ def test_coefficient_as_tensor(backend: str, device: str, name: str, dtype: torc
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_coefficients_are_computed_with_as_the_tensors(backend: str, device: str, dtype: torch.dtype) -> None:
+    """1 - 0.2 in bfloat16 would be another clip, and a float64 coefficient makes no float64 loss."""
+    inputs = make_inputs(200, 3, old_std_per_row=True, device=device)
+    numbers = {"clip_param": 0.2, "value_loss_coef": 0.7, "entropy_coef": 0.013, "kl_coef": 0.3}
+    tensors = {name: torch.tensor(value, dtype=dtype, device=device) for name, value in numbers.items()}
+    rounded = {name: float(t) for name, t in tensors.items()}
+    avoid_kinks(inputs, rounded["clip_param"])
+    out, grads = call_with_autograd(ppo_loss, inputs, backend=backend, **tensors)
+    assert {t.dtype for t in (*out, *grads.values())} == {torch.float32}
+    assert_matches(out, grads, inputs, **rounded)
+
+
 # --- ties -------------------------------------------------------------------------------------------------------------
 
 

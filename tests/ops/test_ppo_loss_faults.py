@@ -119,6 +119,25 @@ def test_ratio_that_overflows(backend: str, device: str, advantage: float, log_r
     assert not grads["mean"][1:].any()
 
 
+@pytest.mark.parametrize("std", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+@pytest.mark.parametrize("likelier", [False, True])
+def test_std_that_collapsed(backend: str, device: str, std: float, advantage: float, likelier: bool) -> None:
+    """Log-ratios beyond 10⁷, where float32 has no digit left for ±20, against the same in float64."""
+    inputs = make_inputs(4, 1, device=device)
+    inputs["std"] = torch.full((1,), std, device=device)
+    inputs["actions"] = inputs["mean"] + torch.tensor([[1.0], [0.5], [-0.25], [0.0]], device=device)
+    inputs["advantages"] = torch.full((4,), advantage, device=device)
+    if likelier:
+        inputs["old_log_prob"] = torch.full((4,), -2e10, device=device)
+    out, grads = call_with_autograd(ppo_loss, inputs, backend=backend)
+    want, want_grads = call_with_autograd(ppo_loss_reference, {name: t.double() for name, t in inputs.items()})
+    for name in out._fields:
+        torch.testing.assert_close(getattr(out, name).double(), getattr(want, name), rtol=1e-5, atol=1e-5, msg=name)
+    for name in DIFFERENTIABLE:
+        torch.testing.assert_close(grads[name].double(), want_grads[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("direction", ["old_new", "new_old"])
 @pytest.mark.parametrize("std_per_row", [False, True])
