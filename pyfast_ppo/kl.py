@@ -5,6 +5,8 @@ samples are actions of the old policy (PPO), or of the new one (fine-tuning agai
 What an estimator's *value* estimates and what the *gradient* of its value estimates are two questions with different
 answers: ``estimate`` answers the first and is made to be logged, ``loss`` the second and is made to be minimised.
 
+float16 and bfloat16 log-ratios are computed with in float32. What is then too large for float16 is its largest number.
+
 Where the policies are Gaussian or categorical, the exact forms have no action noise at all: prefer them.
 
 Sources: J. Schulman, "Approximating KL Divergence" (2020), for k1, k2, k3; Tang and Munos, arXiv 2506.09477, and arXiv
@@ -16,10 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyfast_ppo.ops._arguments import check_tensor
 from pyfast_ppo.ops.gaussian import gaussian_kl as gaussian
 from pyfast_ppo.ops.gaussian import gaussian_kl_loss
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS
-from pyfast_ppo.reference import KL_LOSSES, MAX_LOG_RATIO, expm1_minus, k3, kl_loss_terms
+from pyfast_ppo.reference import KL_LOSSES, MAX_LOG_RATIO, expm1_minus, k3, kl_loss_terms, narrowed, widened
 
 __all__ = [
     "categorical",
@@ -66,12 +69,13 @@ def estimate(log_ratio: Tensor, estimator: str = "k3", sampled_from: str = "old"
     Raises:
         ValueError: An unknown estimator or policy.
     """
+    check_tensor("log_ratio", log_ratio)
     _check("estimator", estimator, ESTIMATORS)
     _check("sampled_from", sampled_from, POLICIES)
-    x = log_ratio.detach() if sampled_from == "old" else -log_ratio.detach()
-    if estimator == "k1":
-        return -x
-    return 0.5 * x * x if estimator == "k2" else k3(x)
+    x = widened(log_ratio.detach())
+    x = x if sampled_from == "old" else -x
+    value = -x if estimator == "k1" else 0.5 * x * x if estimator == "k2" else k3(x)
+    return narrowed(value, log_ratio.dtype)
 
 
 def control_variate(log_ratio: Tensor, sampled_from: str = "old", weight: float | None = None) -> Tensor:
@@ -93,15 +97,17 @@ def control_variate(log_ratio: Tensor, sampled_from: str = "old", weight: float 
     Raises:
         ValueError: An unknown policy; too few samples.
     """
+    check_tensor("log_ratio", log_ratio)
     _check("sampled_from", sampled_from, POLICIES)
-    x = log_ratio.detach() if sampled_from == "old" else -log_ratio.detach()
+    x = widened(log_ratio.detach())
+    x = x if sampled_from == "old" else -x
     variate = torch.expm1(x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     if weight is not None:
-        return -x + weight * variate
+        return narrowed(-x + weight * variate, log_ratio.dtype)
     if x.numel() < 3:
         raise ValueError(f"log_ratio must have at least 3 samples to estimate the best weight, got {x.numel()}")
     groups = x.unsqueeze(-1), variate.unsqueeze(-1)  # of one sample each
-    return -x + _weight_of_others(*groups, torch.ones_like(groups[0])) * variate
+    return narrowed(-x + _weight_of_others(*groups, torch.ones_like(groups[0])) * variate, log_ratio.dtype)
 
 
 def loss(log_ratio: Tensor, direction: str = "old_new", sampled_from: str = "old", form: str = "k3") -> Tensor:
@@ -136,11 +142,13 @@ def loss(log_ratio: Tensor, direction: str = "old_new", sampled_from: str = "old
         form: "k1", "k2" or "k3".
 
     Returns:
-        As ``log_ratio``, in nats, to be averaged and minimised. r is clamped to e^{±20}. First derivatives only.
+        As ``log_ratio``, in nats, to be averaged and minimised. r is clamped to e^{±20}. First derivatives only: the
+        coefficient is a constant to autograd, so that a second derivative is wrong, and not refused.
 
     Raises:
         ValueError: An unknown name, or a form that has not this gradient.
     """
+    check_tensor("log_ratio", log_ratio)
     value, coefficient = kl_loss_terms(log_ratio, _which_loss(direction, sampled_from, form))
     return value + coefficient * (log_ratio - log_ratio.detach())
 
@@ -172,7 +180,8 @@ def gaussian_loss(
         backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
 
     Returns:
-        [N], in nats, to be averaged and minimised. First derivatives only, of mean and std.
+        [N], in nats, to be averaged and minimised. First derivatives only, of mean and std: a second one is refused,
+        but by the eager backend and under torch.compile, where it is wrong, as that of ``loss``.
 
     Raises:
         ValueError: An unknown name, or a form that has not this gradient.
@@ -241,6 +250,7 @@ def sequence_loss(
         ValueError: An unknown name or a shape that does not fit; a direction that these samples do not give; fewer
             than 2 sequences for ``weight=None``.
     """
+    check_tensor("log_ratio", log_ratio)
     _check("direction", direction, KL_DIRECTIONS)
     _check("sampled_from", sampled_from, POLICIES)
     if (direction == "old_new") != (sampled_from == "old"):
@@ -251,6 +261,15 @@ def sequence_loss(
     for name, t in (("step_kl", step_kl), ("mask", mask)):
         if t is not None and t.shape != log_ratio.shape:
             raise ValueError(f"{name} must have the shape {list(log_ratio.shape)}, got {list(t.shape)}")
+    terms = _sequence_terms(
+        widened(log_ratio), sampled_from, None if step_kl is None else widened(step_kl), mask, weight
+    )
+    return terms.to(log_ratio.dtype if step_kl is None else torch.promote_types(log_ratio.dtype, step_kl.dtype))
+
+
+def _sequence_terms(
+    log_ratio: Tensor, sampled_from: str, step_kl: Tensor | None, mask: Tensor | None, weight: float | None
+) -> Tensor:
     if mask is not None:
         keep = mask != 0
         log_ratio = torch.where(keep, log_ratio, 0.0)
@@ -321,6 +340,8 @@ def categorical(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     Returns:
         [...], in nats, with gradients for both.
     """
+    check_tensor("logits_p", logits_p)
+    check_tensor("logits_q", logits_q)
     log_p, log_q = torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)
     possible = log_p > -torch.inf
     d = torch.where(possible, log_q - torch.where(possible, log_p, 0.0), 0.0)  # no -inf - -inf, whose gradient is NaN
@@ -346,6 +367,7 @@ def multi_categorical(logits_p: Tensor, logits_q: Tensor, sizes: list[int]) -> T
     """
     sizes = [int(n) for n in sizes]
     for name, logits in (("logits_p", logits_p), ("logits_q", logits_q)):
+        check_tensor(name, logits)
         if logits.shape[-1] != sum(sizes):
             raise ValueError(
                 f"{name} must have {sum(sizes)} = sum of sizes in its last dimension, got {logits.shape[-1]}"

@@ -93,9 +93,26 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     return (0.5 * (expm1_minus(2.0 * delta) + m * m)).sum(-1)
 
 
+def widened(t: Tensor) -> Tensor:
+    """``t`` in the dtype that it is computed in."""
+    return t.to(arithmetic_dtype(t))
+
+
+def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in ``dtype``. What is finite stays so: float16 ends at 65504, below the e²⁰ that r is clamped to."""
+    if t.dtype == dtype:
+        return t
+    largest = torch.finfo(dtype).max
+    return torch.where(torch.isfinite(t), t.clamp(-largest, largest), t).to(dtype)
+
+
 def kl_loss_terms(log_ratio: Tensor, which: int) -> tuple[Tensor, Tensor]:
     """(value, d value / d log π_new) of the loss ``KL_LOSSES[which]`` in ℓ. Elementwise, no gradient of its own."""
-    x = log_ratio.detach()
+    value, coefficient = _kl_loss_terms(widened(log_ratio.detach()), which)
+    return narrowed(value, log_ratio.dtype), narrowed(coefficient, log_ratio.dtype)
+
+
+def _kl_loss_terms(x: Tensor, which: int) -> tuple[Tensor, Tensor]:
     clamped = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     match KL_LOSSES[which]:
         case ("old_new", "old", "k1"):

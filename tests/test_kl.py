@@ -323,7 +323,76 @@ def test_multi_categorical() -> None:
     torch.testing.assert_close(got, kl.categorical(p[:, :3], q[:, :3]) + kl.categorical(p[:, 3:], q[:, 3:]))
 
 
+# --- small dtypes -----------------------------------------------------------------------------------------------------
+
+
+def assert_rounded(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """``got`` is ``want``, rounded, or the largest number of ``dtype``."""
+    assert got.dtype == dtype
+    largest = torch.finfo(dtype).max
+    torch.testing.assert_close(got, want.clamp(-largest, largest).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+SMALL = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+LOG_RATIOS = [0.0, 1e-3, -0.01, 0.1, 0.5, -2.0, 5.0, -8.0, 12.0, -13.0, 25.0, -30.0, 400.0, -400.0]
+
+
+@SMALL
+@pytest.mark.parametrize("sampled_from", ["old", "new"])
+def test_small_dtypes(dtype: torch.dtype, sampled_from: str) -> None:
+    """Computed in float32: the clamp is one of float16, too, and small log-ratios keep their digits."""
+    x = torch.tensor(LOG_RATIOS, dtype=dtype)
+    for estimator in ("k1", "k2", "k3"):
+        want = kl.estimate(x.double(), estimator, sampled_from)
+        assert_rounded(kl.estimate(x, estimator, sampled_from), want, dtype)
+    for weight in (0.0, 1.0, None):
+        got = kl.control_variate(x, sampled_from, weight)
+        assert_rounded(got, kl.control_variate(x.float(), sampled_from, weight), dtype)
+
+
+@SMALL
+@pytest.mark.parametrize("case", kl.KL_LOSSES)
+def test_losses_of_small_dtypes(dtype: torch.dtype, case: tuple[str, str, str]) -> None:
+    x = torch.tensor(LOG_RATIOS, dtype=dtype, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    value, want = kl.loss(x, *case), kl.loss(wide, *case)
+    assert_rounded(value.detach(), want.detach(), dtype)
+    value.backward(torch.ones_like(value))
+    want.sum().backward()
+    assert_rounded(x.grad, wide.grad, dtype)
+
+
+@SMALL
+@pytest.mark.parametrize("sampled_from", ["old", "new"])
+def test_sequences_of_small_dtypes(dtype: torch.dtype, sampled_from: str) -> None:
+    """The control variate of weight 0 is 0, also where e^ℓ is beyond float16."""
+    direction = {"old": "old_new", "new": "new_old"}[sampled_from]
+    x = torch.tensor([[0.5, -13.0, 1.0], [12.0, 0.25, -1.0]], dtype=dtype, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    value, want = kl.sequence_loss(x, direction, sampled_from), kl.sequence_loss(wide, direction, sampled_from)
+    assert_rounded(value.detach(), want.detach(), dtype)
+    value.sum().backward()
+    want.sum().backward()
+    assert_rounded(x.grad, wide.grad, dtype)
+
+
 # --- wrong arguments --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [kl.estimate, kl.control_variate, kl.loss, kl.sequence_loss])
+def test_what_is_no_tensor_of_floats(function: Callable) -> None:
+    for wrong in ([0.1], 0.1, np.zeros(3), None):
+        with pytest.raises(TypeError, match=f"^log_ratio must be a tensor, got {type(wrong).__name__}"):
+            function(wrong)
+    with pytest.raises(TypeError, match=r"^log_ratio must be float32, .* got torch.int64"):
+        function(torch.zeros(3, dtype=torch.int64))
+
+
+def test_logits_that_are_no_tensor_of_floats() -> None:
+    with pytest.raises(TypeError, match=r"^logits_q must be a tensor, got list"):
+        kl.categorical(torch.zeros(3), [0.0] * 3)
+    with pytest.raises(TypeError, match=r"^logits_p must be a tensor, got list"):
+        kl.multi_categorical([0.0] * 3, torch.zeros(3), [1, 2])
 
 
 def test_wrong_arguments_are_named() -> None:
