@@ -229,7 +229,8 @@ def ppo_loss_and_grad(
 
     The gradients have the shapes and dtypes of ``mean``, ``std`` and ``values``, ready for
     ``torch.autograd.backward([mean, std, values], grads)``. For a std that is an expanded view of one row, that row's
-    gradient comes in equal parts for each of the N rows, so that what it was expanded from sums up to it.
+    gradient comes in equal parts for each of the N rows, so that what it was expanded from sums up to it (float16,
+    which cannot hold the parts: all of it for the first row).
 
     It can be part of a CUDA graph; call it once before the capture, so that kernels are loaded by then.
     """

@@ -36,5 +36,10 @@ class SharedRow(torch.autograd.Function):
 
 
 def spread_over_rows(grad: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient [A] of a shared row, in equal parts for each of the rows of [..., A]."""
+    """The gradient [A] of a shared row, in equal parts for each of the rows of [..., A]; their sum is the gradient."""
+    if grad.dtype == torch.float16:  # which cannot hold the parts: the first row gets all of it
+        first = (0,) * (len(shape) - 1)
+        parts = grad.new_zeros(shape)
+        parts[first] = grad
+        return parts
     return (grad / (shape.numel() // shape[-1])).expand(shape)

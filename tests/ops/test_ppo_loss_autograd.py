@@ -79,6 +79,19 @@ def test_loss_scaling(backend: str, device: str) -> None:
         torch.testing.assert_close(leaves[name].grad.double() / 2.0**16, want[name].double(), rtol=2.0**-10, atol=2e-12)
 
 
+def test_expanded_std_of_float16(backend: str, device: str) -> None:
+    """The row's gradient is not divided by the number of rows, which float16 would round to 0."""
+    inputs = make_inputs(20_000 if backend in NATIVE else 3_000, 2, dtypes={"std": torch.float16}, device=device)
+    inputs["advantages"] = 0.01 * inputs["advantages"]
+    _, want = call_with_autograd(ppo_loss, inputs, backend=backend, entropy_coef=0.0)
+    std = inputs["std"].requires_grad_()
+    expanded = {**inputs, "std": std.expand(inputs["mean"].shape)}
+    ppo_loss(**expanded, entropy_coef=0.0, backend=backend).loss.backward()
+    assert torch.equal(std.grad, want["std"])
+    _, (_, grad_std, _) = ppo_loss_and_grad(**expanded, entropy_coef=0.0, backend=backend)
+    assert torch.equal(grad_std.sum(0), want["std"])
+
+
 def test_part_of_a_larger_loss(inputs: Inputs, grads: dict[str, Tensor], backend: str) -> None:
     leaves = with_leaves(inputs)
     (ppo_loss(**leaves, backend=backend).loss / 4 + leaves["mean"].sum()).backward()
