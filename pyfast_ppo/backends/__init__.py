@@ -72,10 +72,20 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype = torch.fl
         TypeError: It does not compute in this dtype.
         RuntimeError: The backend is not available on this machine; the message says why.
     """
-    key = (name, device.type, dtype)
-    if key not in _selected:
-        _selected[key] = _find(*key)
-    return _selected[key]
+    try:
+        return _selected[name, device.type, dtype]
+    except KeyError:
+        run = _selected[name, device.type, dtype] = _find(name, device.type, dtype)
+        return run
+    except TypeError:  # a name that is no string, nor anything else that can be looked up
+        check_name(name)
+        raise
+
+
+def check_name(name: str | None) -> None:
+    """Raises a ValueError if there is no backend of that name."""
+    if name is not None and name not in PREFERENCE:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, PREFERENCE))} or None, got {name!r}")
 
 
 def _find(name: str | None, device_type: str, dtype: torch.dtype) -> ModuleType:
@@ -83,8 +93,7 @@ def _find(name: str | None, device_type: str, dtype: torch.dtype) -> ModuleType:
         # only those that fit are asked whether they are available: to ask one for GPUs wakes the GPU
         fitting = ((c, m) for c in PREFERENCE if _fits(m := _module(c), device_type, dtype) and not m.FOR_TESTS_ONLY)
         return next(module for candidate, module in fitting if unavailable_reason(candidate) is None)
-    if name not in PREFERENCE:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, PREFERENCE))} or None, got {name!r}")
+    check_name(name)
     reason = unavailable_reason(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}; pass backend=None for the best one there is")

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from pyfast_ppo import backends, reference
 from pyfast_ppo.ops import _arguments as arguments
+
+_ARGUMENTS = (
+    "rewards", "values", "dones", "last_values", "gamma", "lam", "time_outs", "final_values", "normalize",
+)  # fmt: skip
 
 
 def gae(
@@ -42,7 +47,7 @@ def gae(
         normalize: Also bring the advantages to mean 0 and unbiased standard deviation 1, as rsl_rl does:
             (A - mean) / (std + 1e-8).
         out: Where (advantages, returns) are written: contiguous tensors, shaped as ``rewards``, float64 if any argument
-            is, else float32, in memory that no argument shares. None: new ones.
+            is, else float32, in memory that neither an argument nor the other of the two shares. None: new ones.
         backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
 
     Returns:
@@ -50,7 +55,8 @@ def gae(
         carry no gradients.
 
     Raises:
-        ValueError: A shape, device or backend that does not fit; T = 0; E = 0; ``out`` that is not contiguous.
+        ValueError: A shape, device or backend that does not fit; T = 0; E = 0; ``out`` that is not contiguous, shares
+            memory, or requires a gradient where gradients are recorded.
         TypeError: A tensor of the wrong type.
         RuntimeError: The backend is not available.
     """
@@ -70,8 +76,8 @@ def gae(
         _floats("values", values, steps_by_envs, device),
         _flags("dones", dones, steps_by_envs, device),
         last,
-        float(gamma),
-        float(lam),
+        _number("gamma", gamma),
+        _number("lam", lam),
         None if time_outs is None else _flags("time_outs", time_outs, steps_by_envs, device),
         None if final_values is None else _floats("final_values", final_values, steps_by_envs, device),
         bool(normalize),
@@ -79,11 +85,28 @@ def gae(
     dtype = reference.arithmetic_dtype(rewards, values, last, final_values)
     places = None if out is None else _places(out, steps_by_envs, dtype, device)
     if torch.compiler.is_compiling():
+        backends.check_name(backend)
         with torch.no_grad():  # the compiler sees the formula itself, and fuses it
             advantages, returns = reference.gae(*args, places)
     else:
-        advantages, returns = backends.select(backend, device, dtype).gae(*args, places)
+        run = backends.select(backend, device, dtype)
+        if out is not None and places is not None:
+            _check_memory(out, places, args)
+        advantages, returns = run.gae(*args, places)
+        for t in out or ():  # autograd has to know that they are not what it may have saved
+            if not t.is_inference():
+                increment_version(t)
     return out if out is not None else (advantages.view(shape), returns.view(shape))
+
+
+def _number(name: str, value: float | Tensor) -> float:
+    if isinstance(value, float):
+        return value
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be a number, got a tensor of shape {list(value.shape)}")
+    if isinstance(value, (str, bytes)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def _places(
@@ -93,13 +116,47 @@ def _places(
         raise TypeError("out must be a tuple of two tensors, for the advantages and the returns")
     places = []
     for name, t in zip(("out[0]", "out[1]"), out, strict=True):
-        place = _floats(name, t, shape, device)
+        own = arguments.tensor_on(name, t, device)
+        if own is not t and not torch.compiler.is_compiling():
+            raise ValueError(f"{name} has torch's negative bit; pass other memory and copy from it")
+        place = _steps_by_envs(name, own, shape).detach()
         if t.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, as what is computed, got {t.dtype}")
         if not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous; pass other memory and copy from it")
         places.append(place)
     return places[0], places[1]
+
+
+def _check_memory(out: tuple[Tensor, Tensor], places: tuple[Tensor, Tensor], args: tuple) -> None:
+    """That a kernel may write ``out`` in any order: nothing else lies in its memory."""
+    if torch.is_grad_enabled() and (out[0].requires_grad or out[1].requires_grad):
+        name = "out[0]" if out[0].requires_grad else "out[1]"
+        raise ValueError(f"{name} requires a gradient, and what is written has none; pass {name}.detach()")
+    first, second = places[0].data_ptr(), places[1].data_ptr()
+    if first == 0 or second == 0:  # no memory at all, as on the device "meta"
+        return
+    size = _extent(places[0])
+    if abs(first - second) < size:
+        raise ValueError("out[0] and out[1] share memory; pass two tensors of their own")
+    lowest, highest = min(first, second), max(first, second) + size
+    for name, t in zip(_ARGUMENTS, args, strict=True):
+        if not isinstance(t, Tensor):
+            continue
+        begin = t.data_ptr()
+        if begin >= highest or begin + _extent(t) <= lowest:  # most often so
+            continue
+        for place, start in (("out[0]", first), ("out[1]", second)):
+            if begin < start + size and start < begin + _extent(t):
+                raise ValueError(f"{place} shares memory with {name}; pass a tensor of its own")
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first element of ``t`` to behind its last."""
+    if t.is_contiguous():
+        return t.nbytes
+    steps = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (steps + 1) * t.element_size()
 
 
 def _floats(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:

@@ -102,7 +102,11 @@ def gaussian_kl_loss(
         arguments.vector("old_log_prob", old_log_prob, leading, device),
     )
     dtype = reference.arithmetic_dtype(*flat)
-    run = None if torch.compiler.is_compiling() else backends.select(backend, device, dtype)
+    if torch.compiler.is_compiling():
+        backends.check_name(backend)
+        run = None
+    else:
+        run = backends.select(backend, device, dtype)
     if run is None or run.name == "eager":
         actions, mean, std, old_log_prob = (reference.savable(t).to(dtype) for t in flat)
         log_ratio = reference.gaussian_log_prob(actions.detach(), mean, std) - old_log_prob.detach().reshape(-1)
@@ -113,6 +117,7 @@ def gaussian_kl_loss(
 
 def _apply(operation: str, backend: str | None, device: torch.device, flat: tuple[Tensor, ...]) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler sees the formula itself, and fuses it
+        backends.check_name(backend)
         return _reference(operation, flat)
     run = backends.select(backend, device, reference.arithmetic_dtype(*flat))
     if run.name == "eager":

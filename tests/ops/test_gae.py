@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -384,6 +385,89 @@ def test_out_that_does_not_fit(out: object, error: type[Exception], message: str
         call(make_rollout(3, 4), out=out)
 
 
+@pytest.mark.parametrize("name", ["rewards", "values", "dones", "last_values", "time_outs", "final_values"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_out_in_memory_of_an_argument(name: str, which: int) -> None:
+    """Wholly, in part, and where the argument is a view that begins before it."""
+    memory = torch.zeros(40)
+    out = [torch.zeros(3, 4), torch.zeros(3, 4)]
+    out[which] = memory[12:24].view(3, 4)
+    rollout = make_rollout(3, 4, time_outs=True, final_values=True)
+    num_rows = 1 if name == "last_values" else 3
+    views = [memory[begin : begin + 4 * num_rows].view(num_rows, 4) for begin in (12, 13, 23, 13 - 4 * num_rows)]
+    views.append(memory[: 10 * num_rows].view(num_rows, 10)[:, ::3][:, :4])
+    for view in views[: 4 if num_rows == 1 else 5]:
+        given = view[0] if name == "last_values" else view
+        if name in ("dones", "time_outs"):  # flags of other types are converted, to memory of their own
+            given = memory.view(torch.uint8)[4 * view.storage_offset() :][: 4 * num_rows].view(num_rows, 4)
+            if given.data_ptr() + given.numel() <= out[which].data_ptr():
+                continue
+        with pytest.raises(ValueError, match=rf"^out\[{which}\] shares memory with {name}"):
+            call({**rollout, name: given}, out=tuple(out))
+
+
+def test_out_that_overlaps() -> None:
+    memory = torch.zeros(24)
+    first, second = memory[:12].view(3, 4), memory[12:].view(3, 4)
+    call(make_rollout(3, 4), out=(first, second))
+    for one, other in ((first, first), (first, memory[11:23].view(3, 4)), (memory[1:13].view(3, 4), first)):
+        with pytest.raises(ValueError, match=r"^out\[0\] and out\[1\] share memory"):
+            call(make_rollout(3, 4), out=(one, other))
+
+
+def test_out_beside_the_arguments() -> None:
+    """Slices of one allocation, and columns of one array, that end where the next begins."""
+    rollout = make_rollout(3, 4)
+    memory = torch.zeros(4, 12)
+    memory[0], memory[2] = rollout["rewards"].flatten(), rollout["values"].flatten()
+    rollout |= {"rewards": memory[0].view(3, 4), "values": memory[2].view(3, 4)}
+    want = call(rollout)
+    call(rollout, out=(memory[1].view(3, 4), memory[3].view(3, 4)))
+    assert torch.equal(memory[1].view(3, 4), want[0])
+    assert torch.equal(memory[3].view(3, 4), want[1])
+
+
+def test_autograd_sees_what_is_written(backend: str, device: str) -> None:
+    """A tensor that a graph has saved and that gae then overwrites: an error, as everywhere in torch."""
+    out = tuple(torch.ones(3, 4, device=device) for _ in range(2))
+    for i in (0, 1):
+        x = torch.ones(3, 4, device=device, requires_grad=True)
+        product = (x * out[i]).sum()
+        call(make_rollout(3, 4, device=device), backend, out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_out_of_inference(backend: str, device: str) -> None:
+    rollout = make_rollout(3, 4, device=device)
+    with torch.inference_mode():
+        inference = torch.zeros(3, 4, device=device), torch.zeros(3, 4, device=device)
+        call(rollout, backend, out=inference)
+        normal = call(rollout, backend)
+        assert all(map(torch.equal, inference, normal))
+    out = torch.zeros(3, 4, device=device), torch.zeros(3, 4, device=device)
+    with torch.inference_mode():
+        call(rollout, backend, out=out)
+    assert all(map(torch.equal, out, normal))
+
+
+def test_out_that_requires_a_gradient(backend: str, device: str) -> None:
+    rollout = make_rollout(3, 4, device=device)
+    for i in (0, 1):
+        out = [torch.zeros(3, 4, device=device), torch.zeros(3, 4, device=device)]
+        out[i].requires_grad_()
+        with pytest.raises(ValueError, match=rf"^out\[{i}\] requires a gradient"):
+            call(rollout, backend, out=tuple(out))
+        with torch.no_grad():
+            call(rollout, backend, out=tuple(out))
+
+
+def test_out_with_the_negative_bit() -> None:
+    lazy = torch.zeros(1, 1, dtype=torch.complex64).conj().imag
+    with pytest.raises(ValueError, match=r"^out\[1\] has torch's negative bit"):
+        call(make_rollout(1, 1), out=(torch.zeros(1, 1), lazy))
+
+
 def test_no_gradients(backend: str, device: str) -> None:
     rollout = make_rollout(5, 6, time_outs=True, final_values=True, device=device)
     for name in ("rewards", "values", "last_values", "final_values"):
@@ -507,3 +591,24 @@ def test_final_values_without_time_outs() -> None:
 def test_wrong_backend() -> None:
     with pytest.raises(ValueError, match=r"^backend must be one of"):
         call(make_rollout(4, 5), "gpu")
+
+
+@pytest.mark.parametrize("name", ["gamma", "lam"])
+def test_wrong_number(name: str) -> None:
+    numbers = {"gamma": 0.9, "lam": 0.9}
+    for wrong in (None, "0.9", [0.9]):
+        with pytest.raises(TypeError, match=rf"^{name} must be a number, got {type(wrong).__name__}"):
+            call(make_rollout(3, 4), **{**numbers, name: wrong})
+    with pytest.raises(ValueError, match=rf"^{name} must be a number, got a tensor of shape \[2\]"):
+        call(make_rollout(3, 4), **{**numbers, name: torch.ones(2)})
+    want = call(make_rollout(3, 4), **{**numbers, name: 1.0})
+    for right in (1, torch.ones(()), np.float32(1.0)):
+        assert all(map(torch.equal, call(make_rollout(3, 4), **{**numbers, name: right}), want))
+
+
+def test_wrong_backend_under_torch_compile() -> None:
+    """The formula is compiled whatever the backend; a name that is none is wrong all the same."""
+    torch.compiler.reset()
+    compiled = torch.compile(lambda rollout: call(rollout, "gpu"), backend="aot_eager")
+    with pytest.raises(ValueError, match=r"^backend must be one of"):
+        compiled(make_rollout(3, 4))

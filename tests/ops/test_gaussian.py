@@ -431,3 +431,15 @@ def test_wrong_backend(operation: Operation) -> None:
     arguments = make_arguments(operation.names, (6, 3))
     with pytest.raises(ValueError, match=r"^backend must be one of"):
         operation.function(*arguments, backend="gpu")
+
+
+def test_wrong_backend_under_torch_compile(operation: Operation) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda arguments: operation.function(*arguments, backend="gpu"), backend="aot_eager")
+    with pytest.raises(ValueError, match=r"^backend must be one of"):
+        compiled(make_arguments(operation.names, (20, 3), std_per_row=(True, True)))
+
+
+def test_entropy_of_a_number() -> None:
+    with pytest.raises(ValueError, match=r"^std must be \[A\] or \[N, A\] .* got shape \[\]"):
+        gaussian_entropy(torch.tensor(0.5))
