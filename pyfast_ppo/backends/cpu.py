@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,14 @@ FOR_TESTS_ONLY = False
 GATHERS = False
 
 _C, _REASON = _extension.load()
+
+_wish = os.environ.get("PYFAST_PPO_ISA")
+if _C is not None and _wish and _wish != _C.isa():
+    warnings.warn(
+        f"PYFAST_PPO_ISA={_wish!r} cannot be had, {_C.isa()!r} is used; it may be 'baseline', 'avx2' or 'avx512', as "
+        "far as this CPU goes",
+        stacklevel=2,
+    )
 
 
 def unavailable_reason() -> str | None:

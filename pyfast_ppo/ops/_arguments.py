@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -99,6 +101,6 @@ def coefficient(name: str, value: float | Tensor, device: torch.device) -> float
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, the other arguments are on {device}; create it there")
         return value.detach().resolve_neg()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
     return float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -182,6 +183,8 @@ def ppo_loss(
 
     Faults in the data (std ≤ 0, NaN, infinity) are not looked for on the host: they are counted in ``nonfinite`` and
     show in the loss.
+
+    ``torch.func`` (grad, vmap, jvp) transforms ``ppo_loss_reference``, not this.
     """
     call = _prepare(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
@@ -300,6 +303,8 @@ def _prepare(
     leading = arguments.check_matrix("mean", mean)
     device, shape = mean.device, mean.shape
     num_rows = leading.numel()
+    if isinstance(num_original, Integral) and not isinstance(num_original, (bool, int)):
+        num_original = int(num_original)  # NumPy's
     if num_original is None:
         num_original = num_rows
     elif isinstance(num_original, bool) or not isinstance(num_original, (int, torch.SymInt)):
@@ -369,7 +374,11 @@ def _gathered(call: _Call) -> tuple:
     names = ["actions", "old_log_prob", "old_mean", "advantages", "returns", "old_values"]
     if call.old_std.dim() == 2:  # else one row for all
         names.append("old_std")
-    return call._replace(**{name: getattr(call, name).index_select(0, call.row_index) for name in names})[:-1]
+    try:
+        return call._replace(**{name: getattr(call, name).index_select(0, call.row_index) for name in names})[:-1]
+    except IndexError as error:  # on the CPU; a GPU does not look
+        num_rows = call.actions.shape[0]
+        raise IndexError(f"row_index must be between 0 and {num_rows - 1}, the rollout's last row ({error})") from None
 
 
 @torch.compiler.assume_constant_result

@@ -585,9 +585,18 @@ def test_each_instruction_set(tmp_path: Path, isa: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert f"({isa})" in json.loads(done.stdout)[0]
+    assert "PYFAST_PPO_ISA" not in done.stderr
     for (inputs, options), (out, grads) in zip(cases, torch.load(tmp_path / "outputs.pt"), strict=True):
         got = pyfast_ppo.PPOLossOutput(out[0], torch.stack(out))
         assert_matches(got, dict(zip(DIFFERENTIABLE, grads, strict=True)), inputs, **options)
+
+
+def test_unknown_instruction_set() -> None:
+    code = "import warnings; warnings.simplefilter('error'); from pyfast_ppo.backends import cpu"
+    environment = {**os.environ, "PYFAST_PPO_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "PYFAST_PPO_ISA='AVX2' cannot be had" in done.stderr
+    assert "'baseline', 'avx2' or 'avx512'" in done.stderr
 
 
 def test_cpu_backend_is_among_those_tested() -> None:

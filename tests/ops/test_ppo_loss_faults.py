@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from ppo_loss_oracle import (
@@ -286,6 +287,14 @@ def test_wrong_coefficient(function, name: str) -> None:
             function(**inputs, **{name: wrong})
 
 
+def test_numbers_of_numpy(function) -> None:
+    inputs = make_inputs(6, 3)
+    of_numpy = function(**inputs, kl_coef=np.float32(0.5), clip_param=np.float64(0.25), num_original=np.int64(4))
+    of_python = function(**inputs, kl_coef=0.5, clip_param=0.25, num_original=4)
+    one, other = (out[0] if isinstance(out, tuple) else out for out in (of_numpy, of_python))
+    assert torch.equal(one.loss, other.loss)
+
+
 @pytest.mark.parametrize("wrong", [-0.1, float("nan")])
 def test_clip_param_that_is_no_range(function, wrong: float) -> None:
     with pytest.raises(ValueError, match=r"^clip_param must not be negative"):
@@ -326,6 +335,8 @@ def test_wrong_backend(called) -> None:
         ValueError, match=r"^backend must be one of 'cuda', 'triton', 'cpu', 'eager' or None, got 'gpu'"
     ):
         called(**make_inputs(6, 3), backend="gpu")
+    with pytest.raises(ValueError, match=r"^backend must be one of .* got \['cpu'\]"):
+        called(**make_inputs(6, 3), backend=["cpu"])
 
 
 @pytest.mark.parametrize("called", [ppo_loss, ppo_loss_and_grad], ids=lambda f: f.__name__)
