@@ -137,7 +137,7 @@ def normalize_kernel(
     for start in range(0, num_moments, BLOCK_M):
         counts = _moment(moments_ptr, 0, start, num_moments, BLOCK_M)
         total += counts * _moment(moments_ptr, 1, start, num_moments, BLOCK_M)
-    count = size.to(tl.float64)
+    count = tl.full([], size, tl.float64)  # where it is 1, size is no tensor
     mean = tl.sum(total, 0) / count
     total = tl.zeros([BLOCK_M], tl.float64)
     for start in range(0, num_moments, BLOCK_M):

@@ -540,6 +540,18 @@ T bit_field(T x, uint32_t position, uint32_t length) {
   return static_cast<T>(out);
 }
 
+// PTX ISA 9.7.9.7: each nibble of ``which`` names one of the eight bytes of (high, low); its top bit, their sign.
+uint32_t permuted(uint32_t low, uint32_t high, uint32_t which) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t out = 0;
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t selector = which >> 4 * k & 15u;
+    const uint32_t byte = static_cast<uint32_t>(bytes >> 8 * (selector & 7u)) & 255u;
+    out |= ((selector & 8u) == 0 ? byte : (byte >> 7) * 255u) << 8 * k;
+  }
+  return out;
+}
+
 template <class Narrow>
 float widened(uint16_t bits) {
   return pyfast_ppo::to_float(Narrow{bits});
@@ -560,6 +572,7 @@ class Table {
     for_bits<uint16_t>("16"), for_bits<uint32_t>("32"), for_bits<uint64_t>("64");
     for_floats<float>("f32"), for_floats<double>("f64");
     pairs();
+    add("prmt.b32", ternary<uint32_t, uint32_t, uint32_t, uint32_t>(permuted));
     wide<int16_t, int32_t>("s16"), wide<uint16_t, uint32_t>("u16");
     wide<int32_t, int64_t>("s32"), wide<uint32_t, uint64_t>("u32");
     comparisons_of_narrow<BFloat16>("bf16"), comparisons_of_narrow<Float16>("f16");

@@ -52,6 +52,7 @@ def test_integers(machine: ModuleType) -> None:
         run(machine, "sub.s32 %y, %t, 9; div.s32 %x, %y, 4;" + WRITE_OUT),
         torch.div(t - 9, 4, rounding_mode="trunc").int(),
     )
+    assert run(machine, "prmt.b32 %x, 0x44332211, 0x88776655, 0xB074;" + WRITE_OUT)[0].item() & 0xFFFFFFFF == 0x00118855
     assert torch.equal(run(machine, "mov.b64 %d, {%t, 5}; mov.b64 {_, %x}, %d;" + WRITE_OUT), t * 0 + 5)
     assert torch.equal(
         run(machine, "setp.lt.s32 %p, %t, 8; selp.b32 %x, 1, 2, %p;" + WRITE_OUT), torch.where(t < 8, 1, 2).int()
