@@ -142,7 +142,7 @@ class GymnasiumVecEnv(VecEnv):
             - dones, int64 ``[E]``: 1 where the episode has ended, for any reason
             - extras: ``"time_outs"`` bool ``[E]``, cut off by the time limit and not terminated by the same step;
               ``"terminated"`` bool ``[E]``; ``"final_obs"``, the observations before the reset: they differ from the
-              returned ones only in rows that are done.
+              returned ones only in rows that are done. NaN and infinite numbers are handed out as they are.
 
         Raises:
             ValueError: Wrong shape of the actions.

@@ -61,7 +61,7 @@ class RslRlVecEnvWrapper(StockWrapper):
       which they are. Both bool ``[E]``.
     - ``extras["final_obs"]``: all observation groups ``[E, ...]`` as they were before the reset, with their history,
       delay and noise; where no episode ended they are the returned ones. The key is there only after steps in which an
-      environment was reset.
+      environment was reset. What a diverged simulation leaves is handed out as it is, NaN included.
     - ``extras`` is a new dict in each step, and none of its flags is written to again.
 
     The final observations cost one more computation of the observations in steps with a reset. It leaves no trace in

@@ -131,7 +131,8 @@ class RslRlVecEnvWrapper(StockWrapper):
             - extras, a new dict each time, with new tensors: ``"terminated"`` bool ``[E]``, ended by the task;
               ``"time_outs"`` bool ``[E]``, cut off and not terminated in the same step; ``"log"``, mjlab's; and, in
               steps with a reset only, ``"final_obs"``: the observations before the reset in the rows that are done,
-              the returned ones elsewhere. A number that is not finite, as a diverged simulation leaves it, is 0 there.
+              the returned ones elsewhere. What a diverged simulation leaves is handed out as it is, NaN included:
+              FusedPPO does not bootstrap from it.
 
         A task with ``cfg.is_finite_horizon`` has no ``"time_outs"``, as in mjlab: nothing follows the end of its time.
         """
@@ -155,7 +156,7 @@ class RslRlVecEnvWrapper(StockWrapper):
         if frames:
             final = obs.clone()
             for rows, frame in frames:
-                final[rows] = frame[rows].apply(_finite)
+                final[rows] = frame[rows]
             extras["final_obs"] = final
         return obs, rewards.clone(), (terminated | truncated).to(torch.long), extras
 
@@ -300,10 +301,6 @@ def _observation_terms(observations: ObservationManager) -> list[object]:
     terms = [observations.get_term_cfg(group, name).func for group, name in names]
     stateful = [term for term in terms if hasattr(term, "__dict__") and not inspect.isroutine(term)]
     return [*stateful, *(observations.cfg[group] for group in observations.active_terms)]
-
-
-def _finite(values: Tensor) -> Tensor:
-    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _tighter(choose: Callable, bounds: Tensor, declared: float | tuple[float, ...]) -> float | tuple[float, ...]:

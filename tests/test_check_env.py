@@ -790,6 +790,23 @@ def test_missing_final_observations_are_a_note():
     assert finding.name == "no-final-obs" and finding.is_note and str(finding).startswith("note: ")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_final_observations(bad):
+    """At time-outs; what a termination leaves nobody looks at."""
+
+    class Diverges(Wrapper):
+        at = "time_outs"
+
+        def finish(self, rewards, dones, extras):
+            extras["final_obs"]["policy"][extras[self.at]] = bad
+            return rewards, dones, extras
+
+    finding = only(Diverges(), config())
+    assert finding.name == "non-finite-final-obs" and "extras['final_obs']['policy']" in finding.reason
+    Diverges.at = "terminated"
+    assert names(Diverges(), config()) == []
+
+
 class FinalObs(Wrapper):
     """A wrapper that hands out other final observations."""
 

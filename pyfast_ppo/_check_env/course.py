@@ -159,6 +159,7 @@ def _roll_out(env: VecEnv, cfg: dict | None, steps: int, last_action: LastAction
     if not environment.is_finite_horizon(env):
         report.add(at_limit.finding())
     report.add(at_end.finding())
+    report.add(at_end.non_finite)
     if can_move_limit and any(terminations):
         worst = terminations.index(max(terminations))
         report.add(episode_ends.time_outs_at_termination_of(env, worst))

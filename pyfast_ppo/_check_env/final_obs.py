@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyfast_ppo._check_env.finding import Finding
-from pyfast_ppo._check_env.groups import Groups, copied, same_rows
+from pyfast_ppo._check_env.groups import Groups, copied, count, groups_of, rows_with, same_rows
 from pyfast_ppo._check_env.step import Step
 
 
@@ -22,6 +23,23 @@ def no_final_obs(step: Step) -> Finding | None:
     )
 
 
+def _non_finite(step: Step) -> Finding | None:
+    ended = step.time_outs & ~step.terminated  # nothing takes a value from the others
+    for name, values in groups_of(step.extras.get("final_obs")).items():
+        if values.shape[:1] != ended.shape:
+            continue  # another finding
+        rows = rows_with(~torch.isfinite(values)) & ended
+        if rows.any():
+            return Finding(
+                "non-finite-final-obs",
+                f"extras['final_obs'][{name!r}] is NaN or infinite in {count(rows)} whose episode a time-out cut off:"
+                " FusedPPO then takes the value of the observation before, as rsl_rl does, and counts it as"
+                " nonfinite_final_values.",
+                "end an episode whose simulation has diverged as terminated: what follows it has no value.",
+            )
+    return None
+
+
 class FinalObsWatch:
     """Are final observations those before the reset?"""
 
@@ -31,6 +49,7 @@ class FinalObsWatch:
         self._is_other: dict[tuple[str, str], bool] = {}  # group, which other observation: always the same so far
         self._still: set[str] = set()  # groups that once stayed as they were in a running episode
         self._ran = False
+        self.non_finite: Finding | None = None
 
     def see(self, step: Step) -> None:
         running = ~step.dones
@@ -38,6 +57,7 @@ class FinalObsWatch:
         self._still |= {name for name, obs in step.obs.items() if (same_rows(obs, step.before[name]) & running).any()}
         if (final_obs := step.extras.get("final_obs")) is None:
             return
+        self.non_finite = self.non_finite or _non_finite(step)
         final = copied(final_obs)
         ended = step.time_outs if "time_outs" in step.extras else step.dones
         if ended.any():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from rsl_rl.models import MLPModel
+from rsl_rl.storage import RolloutStorage
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -18,56 +20,65 @@ class FinalValues:
     device.
     """
 
-    def __init__(self, critic: MLPModel, groups: list[str], values: Tensor, at_once: bool) -> None:
-        """``groups``: the critic's observation groups. ``values``: [T, E, 1], as the storage has them."""
+    def __init__(self, critic: MLPModel, groups: Iterable[str], storage: RolloutStorage, at_once: bool) -> None:
+        """``groups``: the critic's observation groups. ``storage``: of the rollouts, for shapes and dtypes."""
         self._critic = critic
-        self._groups = groups
+        self._like = {name: storage.observations[name] for name in groups}  # [T, E, ...] each
         self._at_once = at_once
+        values = storage.values
         self.only_time_outs = values.device.type == "cpu"  # nobody waits for a count of rows there
         with torch.inference_mode(False):  # written to in and outside of inference mode
             self._values = torch.zeros_like(values)  # [T, E, 1]
             self._time_outs = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)  # [T, E]
+            self._num_nonfinite = torch.zeros((), dtype=torch.int64, device=values.device)
         self._obs: dict[str, Tensor] = {}  # [T, E, ...] each
+        self._published = False  # in any rollout
         self.any_recorded = False  # since the rollout began
 
-    def record(self, step: int, final_obs: Mapping[str, Tensor], time_outs: Tensor) -> None:
+    def fits(self, storage: RolloutStorage) -> bool:
+        """Whether rollouts have the length and number of environments that this was made for."""
+        return self._values.shape == storage.values.shape
+
+    def record(self, step: int, final_obs: Mapping[str, Any], time_outs: Tensor) -> None:
         """The observations before the resets of one step, groups [E, ...], and which of them followed a time-out, [E].
 
         Raises:
-            TypeError: They are not observation groups.
+            TypeError: They are not observation groups, or a group is no tensor, nor an array.
             KeyError: A group is missing that the critic needs.
+            ValueError: A group has another shape than in the observations.
         """
         if not isinstance(final_obs, Mapping | TensorDict):
             raise TypeError(
                 "extras['final_obs'] must be a TensorDict or a dictionary of observation groups, [E, ...] each, got "
                 f"{type(final_obs).__name__}"
             )
-        missing = [name for name in self._groups if name not in final_obs.keys()]  # noqa: SIM118, a TensorDict's own
+        missing = [name for name in self._like if name not in final_obs.keys()]  # noqa: SIM118, a TensorDict's own
         if missing:
             raise KeyError(
                 f"extras['final_obs'] lacks the groups {missing} of the critic; it has {sorted(final_obs.keys())}"
             )
-        self.any_recorded = True
+        groups = {name: _group(name, final_obs[name], like) for name, like in self._like.items()}
+        self._published = self.any_recorded = True
         self._time_outs[step].copy_(time_outs)
         if self._at_once:
             if not self._obs:
-                self._obs = {name: self._room_for(final_obs[name]) for name in self._groups}
+                with torch.inference_mode(False):
+                    self._obs = {name: torch.zeros_like(like) for name, like in self._like.items()}
             for name, kept in self._obs.items():
-                kept[step].copy_(final_obs[name])
+                kept[step].copy_(groups[name])
             return
         hidden_state = self._critic.get_hidden_state()
-        obs = TensorDict({name: final_obs[name] for name in self._groups}, batch_size=time_outs.shape)
+        groups = {name: group.to(self._like[name]) for name, group in groups.items()}  # device and dtype
         with torch.no_grad():
-            self._values[step] = self._critic(obs.to(self._values.device))
+            self._values[step] = self._critic(TensorDict(groups, batch_size=time_outs.shape))
         self._critic.reset(hidden_state=hidden_state)
 
-    def _room_for(self, obs: Tensor) -> Tensor:
-        """[E, ...] -> [T, E, ...]"""
-        with torch.inference_mode(False):
-            return torch.zeros(self._values.shape[0], *obs.shape, dtype=obs.dtype, device=self._values.device)
+    def collect(self, stored: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """(time-outs [T, E], values [T, E, 1], meaningful there); (None, None) if no step was recorded.
 
-    def collect(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """(time-outs [T, E], values [T, E, 1], meaningful there); (None, None) if no step was recorded."""
+        ``stored``: V(s_t), [T, E, 1], which stands in where the value is not finite: what rsl_rl bootstraps from. One
+        frame of a simulator that diverged in the last step of an episode would otherwise spoil the whole rollout.
+        """
         if not self.any_recorded:
             return None, None
         if self._obs:
@@ -80,14 +91,43 @@ class FinalValues:
                         values[rows] = self._critic(obs[rows])
                 else:
                     values.copy_(self._critic(obs))
+        lost = self._time_outs.unsqueeze(-1) & ~torch.isfinite(self._values)
+        self._num_nonfinite.copy_(lost.sum())
+        self._values.copy_(torch.where(lost, stored, self._values))
         return self._time_outs, self._values
+
+    def counts(self) -> dict[str, Tensor]:
+        """For ``loss_dict``, of the last rollout: nothing where the environment publishes no final observations."""
+        return {"nonfinite_final_values": self._num_nonfinite} if self._published else {}
 
     def memory(self) -> list[Tensor]:
         """What ``collect`` reads, and writes to."""
-        return [self._values, self._time_outs, *self._obs.values()]
+        return [self._values, self._time_outs, self._num_nonfinite, *self._obs.values()]
+
+    def begin(self) -> None:
+        """A rollout begins; the one before may have been left without its returns."""
+        self.clear()
+        if self._published:
+            self._num_nonfinite.zero_()
 
     def clear(self) -> None:
-        """For the next rollout."""
+        """What was recorded is not needed any more."""
         if self.any_recorded:
             self._time_outs.zero_()
             self.any_recorded = False
+
+
+def _group(name: str, obs: Any, like: Tensor) -> Tensor:
+    """The group of one step, [E, ...], as a tensor of the shape that the storage has, ``like`` [T, E, ...]."""
+    if not isinstance(obs, Tensor):
+        try:
+            obs = torch.as_tensor(obs)
+        except (TypeError, ValueError, RuntimeError):
+            message = f"extras['final_obs'][{name!r}] must be a tensor [E, ...], got {type(obs).__name__}"
+            raise TypeError(message) from None
+    if obs.shape != like.shape[1:]:
+        raise ValueError(
+            f"extras['final_obs'][{name!r}] has the shape {tuple(obs.shape)}, but the observation group has "
+            f"{tuple(like.shape[1:])}: hand out a row for each environment; rows that are not done are not looked at"
+        )
+    return obs

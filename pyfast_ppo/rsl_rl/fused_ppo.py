@@ -73,6 +73,7 @@ class FusedPPO(PPO):
 
     - A time-out bootstraps from the value of the observation before the reset, if the environment hands it out as
       ``extras["final_obs"]``; the stock wrappers do not, and then it is V(s_t) as in PPO (see ``time_out_bootstrap``).
+      Where that value is not finite it is V(s_t), too, and is counted in ``loss_dict["nonfinite_final_values"]``.
     - ``update()`` draws no actions that nobody uses, and gathers each mini-batch once per update, not once per epoch.
     - Its losses stay on the device and are read once, at the end.
     - ``loss_dict`` also has ``kl`` (mean exact KL, in ``kl_direction``), ``first_kl`` (at the first mini-batch, before
@@ -80,7 +81,9 @@ class FusedPPO(PPO):
       ``approx_kl`` (k3), ``clip_fraction``, and under the adaptive schedule ``learning_rate_min`` and ``_max`` within
       the update.
     - A step whose gradients are not finite is not taken, and is counted in ``loss_dict["nonfinite_steps"]``; an update
-      in which no step could be taken raises ``NonFiniteError`` (see ``nonfinite``).
+      in which no step could be taken raises ``NonFiniteError`` (see ``nonfinite``). So the networks stay finite and the
+      error names the frame, but one NaN reward or observation ends the run, unless advantages are normalised per
+      mini-batch: normalised over the rollout, all of them are NaN.
     - The adaptive learning rate is decided on the device, without a host sync; Adam, AdamW and SGD take their fused
       step for it.
     - The adaptive learning rate leaves out the mini-batch before the first step. rsl_rl does so only where rounding
@@ -126,9 +129,10 @@ class FusedPPO(PPO):
             early_stop_kl: Take no further steps in an update once a mini-batch's KL is beyond this many nats.
             time_out_bootstrap: "final_obs": a time-out bootstraps from V of the observation before the reset, where
                 ``extras["final_obs"]`` has it (groups [E, ...], as observations; only rows that are done are looked
-                at), and where it has not, from V(s_t), as PPO; rows that ``extras["terminated"]`` names do not
-                bootstrap at all. The default, because it is right (Pardo et al. 2018), and the same as PPO with
-                environments that publish neither. "rsl_rl": V(s_t) in any case.
+                at), and where it has not, or that value is not finite, from V(s_t), as PPO; rows that
+                ``extras["terminated"]`` (a tensor with an entry for each environment) names do not bootstrap at all.
+                The default, because it is right (Pardo et al. 2018), and the same as PPO with environments that
+                publish neither. "rsl_rl": V(s_t) in any case.
             nonfinite: What happens to a step whose gradients are NaN or infinite. "skip": it is not taken, decided on
                 the device; the adaptive learning rate goes down; ``loss_dict["nonfinite_steps"]`` counts; normalizers
                 keep finite statistics (not with rsl_rl 5.4, which updates them at each step of the environment); an
@@ -181,13 +185,8 @@ class FusedPPO(PPO):
         self.time_out_bootstrap = time_out_bootstrap
         self.nonfinite = nonfinite
         self._iteration = 0  # as the runner counts, for messages
-        critic = self._raw_critic
-        self._final_values = FinalValues(
-            critic,
-            [*critic.obs_groups, *getattr(critic, "obs_groups_2d", [])],
-            self.storage.values,
-            at_once=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not critic.obs_normalization),
-        )
+        self._final_values = self._new_final_values()
+        self._ignores_terminated = False
 
         self.reshuffle = reshuffle
         self.global_advantage_statistics = global_advantage_statistics
@@ -236,6 +235,15 @@ class FusedPPO(PPO):
         logger.warning("The loss runs on rsl_rl's own formula: %s.", reason)
         if self._captured is not None and self._captured.reason is None:
             self._captured.give_up("rsl_rl's own waits for the device")
+
+    def _new_final_values(self) -> FinalValues:
+        critic = self._raw_critic
+        return FinalValues(
+            critic,
+            [*critic.obs_groups, *getattr(critic, "obs_groups_2d", [])],
+            self.storage,
+            at_once=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not critic.obs_normalization),
+        )
 
     # --- rollout
     # ------------------------------------------------------------------------------------------------------------
@@ -291,12 +299,14 @@ class FusedPPO(PPO):
     def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Any]) -> None:
         """Record one environment step."""
         if self.storage.step == 0:
-            self._final_values.clear()  # of a rollout that was left without its returns
+            if not self._final_values.fits(self.storage):  # the user has put in another one
+                self._final_values = self._new_final_values()
+            self._final_values.begin()
         if self.time_out_bootstrap == "final_obs" and "time_outs" in extras:
             extras = dict(extras)
             time_outs = extras.pop("time_outs").bool()  # costs nothing where they are boolean already
-            if "terminated" in extras:
-                time_outs = time_outs & ~extras["terminated"].bool().reshape_as(time_outs)
+            if "terminated" in extras and self._names_environments(extras["terminated"]):
+                time_outs = time_outs & ~extras["terminated"].to(time_outs.device).bool().reshape_as(time_outs)
             if extras.get("final_obs") is not None and self.storage.step < self.storage.num_transitions_per_env:
                 self._final_values.record(self.storage.step, extras["final_obs"], time_outs)
             else:  # PPO adds γ V(s_t) to the reward
@@ -304,6 +314,23 @@ class FusedPPO(PPO):
         if self._std_is_parameter:
             store_std_once(self.storage, self.transition)
         super().process_env_step(obs, rewards, dones, extras)
+
+    def _names_environments(self, terminated: Any) -> bool:
+        """Whether it has one entry for each; the key is nobody's in rsl_rl, and users log under it, too."""
+        if isinstance(terminated, Tensor) and terminated.numel() == self.storage.num_envs and terminated.dim() > 0:
+            return True
+        if not self._ignores_terminated:
+            self._ignores_terminated = True
+            form = f"a {type(terminated).__name__}"
+            if isinstance(terminated, Tensor):
+                form += f" of shape {tuple(terminated.shape)}"
+            logger.warning(
+                "extras['terminated'] is ignored: it is %s, not a tensor with an entry for each of the %d environments."
+                " Time-outs bootstrap, whether the episode terminated in the same step or not.",
+                form,
+                self.storage.num_envs,
+            )
+        return False
 
     def compute_returns(self, obs: TensorDict) -> None:
         """Compute return and advantage targets from stored transitions."""
@@ -324,7 +351,7 @@ class FusedPPO(PPO):
         hidden_state = self.critic.get_hidden_state()
         last_values = self.critic(obs).detach()
         self.critic.reset(hidden_state=hidden_state)
-        time_outs, final_values = self._final_values.collect()
+        time_outs, final_values = self._final_values.collect(st.values)
         normalize = not self.normalize_advantage_per_mini_batch
         over_ranks = self.global_advantage_statistics and self._world_size > 1
         gae(
@@ -390,14 +417,15 @@ class FusedPPO(PPO):
         if self._stock_reason is None and (law := law_not_gaussian(self._raw_actor.distribution)):
             self._fall_back(law)  # which can be seen only now, after the policy has acted
         if self._stock_reason is not None:
-            return super().update()
+            counts = {name: float(count) for name, count in self._final_values.counts().items()}
+            return super().update() | counts
 
         self._follow_settings()
         self._put_inputs_on_device()
         last_rate = None
         try:
             run = self._steps() if self._captured is None else self._captured.run(self._steps, self._key_of_update)
-            loss_dict = run.read()
+            loss_dict = run.read(self._final_values.counts())
             self.kl_coef = loss_dict.get("kl_coef", self.kl_coef)
             last_rate = loss_dict.pop("learning_rate", None)  # rsl_rl's logger has it from the algorithm
         finally:  # whatever happens, a checkpoint finds numbers
@@ -508,7 +536,14 @@ class FusedPPO(PPO):
         steps = self.num_learning_epochs * self.num_mini_batches
         if count == 0.0 or (self.nonfinite == "skip" and count < steps):
             return
-        reason = first_nonfinite(self.storage, [self._raw_actor, self._raw_critic])
+        models = [self._raw_actor, self._raw_critic, *([self.rnd] if self.rnd else [])]
+        reason = first_nonfinite(
+            self.storage,
+            models,
+            intrinsic_groups=self.rnd.obs_groups["rnd_state"] if self.rnd else (),
+            normalized=not self.normalize_advantage_per_mini_batch,
+            num_ranks=self._world_size,
+        )
         self.storage.clear()
         raise NonFiniteError(
             f"iteration {self._iteration}: {round(count)} of {steps} steps had gradients that are not finite and were "

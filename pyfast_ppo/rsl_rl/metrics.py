@@ -32,8 +32,11 @@ class Run:
         """The KL at each of the last mini-batches. 0-dim each."""
         return [row[self._names.index("kl")] for row in self.metrics[-count:]]
 
-    def read(self) -> dict[str, float]:
-        """Means over the update and more, and the rate at its end: the only time that the host waits for the device."""
+    def read(self, counts: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the update and more, and the rate at its end: the only time that the host waits for the device.
+
+        ``counts``: 0-dim each, of the rollout before.
+        """
         metrics = torch.stack(self.metrics).double()  # [mini-batches, metrics]
         kl = metrics[:, self._names.index("kl")]
         extra = {"first_kl": kl[0], "max_kl": kl.max(), "last_kl": kl[-1]}
@@ -44,6 +47,7 @@ class Run:
             extra["skipped_steps"] = torch.stack(self.skipped).sum()
         if self.lost:
             extra["nonfinite_steps"] = torch.stack(self.lost).sum()
+        extra |= counts
         if isinstance(self.kl_coef, Tensor):
             extra["kl_coef"] = self.kl_coef
         if self.last_rate is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,37 +16,79 @@ class NonFiniteError(RuntimeError):
     """An update met NaN or infinite numbers. Actor and critic are as the last finite step left them."""
 
 
-def first_nonfinite(storage: RolloutStorage, models: Iterable[nn.Module]) -> str:
-    """What was not finite first: in a parameter, or at the earliest step of the rollout. Waits for the device."""
+def first_nonfinite(
+    storage: RolloutStorage,
+    models: Iterable[nn.Module],
+    *,
+    intrinsic_groups: Sequence[str] = (),
+    normalized: bool = True,
+    num_ranks: int = 1,
+) -> str:
+    """What was not finite first: in a parameter, or at the earliest step of the rollout. Waits for the device.
+
+    Args:
+        storage: The rollout.
+        models: Whose parameters are looked at.
+        intrinsic_groups: Observation groups that the reward of the step before depends on, as RND's does.
+        normalized: Whether advantages are normalised over the rollout: then one bad number is in all of them.
+        num_ranks: Number of processes whose gradients are averaged.
+    """
     for model in models:
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 return f"the parameter {name} of the {type(model).__name__} was not finite before the update already"
-    in_order = {f"the observation group {name!r}": obs for name, obs in storage.observations.items()}
     mean, std = storage.distribution_params[0], storage.distribution_params[-1]
+    in_order = {f"the observation group {name!r}": _bad(obs) for name, obs in storage.observations.items()}
+    followed = torch.zeros_like(_bad(storage.rewards))  # by an observation that the reward was made of
+    for name in intrinsic_groups:
+        followed[:-1] |= _bad(storage.observations[name])[1:]
     in_order |= {
-        "the value": storage.values,
-        "the policy's mean": mean,
-        "the policy's std (which must be positive, too)": torch.where(std > 0.0, std, torch.nan),
-        "the action": storage.actions,
-        "the reward": storage.rewards,
+        "the value": _bad(storage.values),
+        "the policy's mean": _bad(mean),
+        "the policy's std (which must be positive, too)": _bad(torch.where(std > 0.0, std, torch.nan)),
+        "the action": _bad(storage.actions),
+        "the reward": _bad(storage.rewards) & ~followed,
     }
-    derived = {"the return": storage.returns, "the advantage": storage.advantages}  # from later steps, too
-    earliest = _earliest(in_order) or _earliest(derived)
-    if earliest is None:
-        return "everything in the rollout was finite, but the gradients were not: the loss or the gradients overflowed"
-    name, step, env = earliest
+    if place := _earliest(in_order):
+        with_rnd = place[0] == "the reward" and len(intrinsic_groups) > 0
+        return _first(*place) + (" (RND's part, from the observation that followed, included)" if with_rnd else "")
+    bad = _bad(storage.returns)
+    # NaN spreads to the steps before, as far as the episode goes: the last one is where it began
+    began = bad.clone()
+    began[:-1] &= ~bad[1:] | (storage.dones[:-1].squeeze(-1) > 0)
+    if place := _earliest({"the return": began}):
+        at_end = place[1] == len(bad) - 1
+        return _first(*place) + (", and so, it seems, the value of the observation after it" if at_end else "")
+    bad = _bad(storage.advantages)
+    if normalized and bad.any():
+        return "the returns were finite, but the mean or the std of the advantages over the rollout was not"
+    if place := _earliest({"the advantage": bad}):
+        return _first(*place)
+    if num_ranks > 1:
+        return (
+            "everything in this process's rollout was finite, but the gradients, which are averaged over "
+            f"{num_ranks} processes, were not: look at the other processes' errors; if none names its rollout, the "
+            "loss or the gradients overflowed"
+        )
+    return "everything in the rollout was finite, but the gradients were not: the loss or the gradients overflowed"
+
+
+def _first(name: str, step: int, env: int) -> str:
     return f"{name} was not finite first, at step {step} of the rollout in environment {env}"
 
 
-def _earliest(tensors: dict[str, Tensor]) -> tuple[str, int, int] | None:
-    """(name, step, environment) of the earliest entry that is not finite; of several at one step the first in order."""
+def _bad(values: Tensor) -> Tensor:
+    """[T, E, ...] -> [T, E]: where something is not finite."""
+    return ~torch.isfinite(values).flatten(2).all(-1)
+
+
+def _earliest(places: dict[str, Tensor]) -> tuple[str, int, int] | None:
+    """(name, step, environment) of the earliest entry that is true, [T, E]; of several the first in order."""
     found = []
-    for place, (name, values) in enumerate(tensors.items()):
-        bad = ~torch.isfinite(values).flatten(2).all(-1)  # [T, E]
+    for order, (name, bad) in enumerate(places.items()):
         if bad.any():
             step, env = divmod(int(bad.flatten().int().argmax()), bad.shape[1])
-            found.append((step, place, name, env))
+            found.append((step, order, name, env))
     if not found:
         return None
     step, _, name, env = min(found)

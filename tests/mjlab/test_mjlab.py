@@ -141,10 +141,12 @@ class TestExtras:
 
 
 def test_a_diverged_row_does_not_spoil_the_final_observations(behaviour):
+    """The others'; its own is handed out as it is, so that nobody takes a value from made-up numbers."""
     seen = behaviour["diverged"]
     assert seen["dones"] == [0, 0, 1, 0, 0, 0]
     assert seen["terminated"] == [False, False, True, False, False, False]
-    assert seen["obs_finite"] and seen["final_finite"] and seen["policy"]
+    assert seen["obs_finite"] and seen["policy"]
+    assert seen["final_finite"] == [True, True, False, True, True, True]
 
 
 def test_steps_in_and_out_of_inference_mode(behaviour):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import pytest
 import torch
@@ -277,6 +279,59 @@ def test_rows_that_are_not_done_are_not_looked_at(new_run: Callable) -> None:
     assert torch.equal(runs[0].alg.storage.returns, runs[1].alg.storage.returns)
 
 
+@pytest.mark.parametrize("only_time_outs", [True, False], ids=["as_on_a_cpu", "as_on_a_gpu"])
+@pytest.mark.parametrize(
+    ("critic", "bad"),
+    [*((critic, math.nan) for critic in CRITICS.values()), (CRITICS["mlp"], math.inf)],
+    ids=[*CRITICS, "infinite"],
+)
+def test_a_final_observation_that_is_not_finite(
+    critic: dict, bad: float, only_time_outs: bool, new_run: Callable
+) -> None:
+    """Its time-out bootstraps from V(s_t), as in PPO; nothing else changes, and it is counted."""
+    returns = []
+    where: list[tuple[int, int]] = []  # of the first time-out
+
+    for extras in (with_final_obs, lambda *args: spoiled(*args)):
+        run, recorder = recorded_run(new_run, critic, extras, rollout=False)
+        run.alg._final_values.only_time_outs = only_time_outs
+        steps = count()
+
+        def spoiled(final_obs: TensorDict, dones: Tensor, steps: Iterator[int] = steps) -> dict:
+            final_obs = final_obs.clone()
+            if next(steps) == where[0][0]:
+                final_obs["policy"][where[0][1], 1] = bad
+            return {"final_obs": final_obs}
+
+        run.rollout()
+        returns.append(run.alg.storage.returns.squeeze(-1).clone())
+        time_outs = torch.stack([step["extras"]["time_outs"] for step in recorder.steps])
+        where.append(tuple(time_outs.nonzero()[0].tolist()))
+    t, env = where[0]
+    alg, st = run.alg, run.alg.storage
+    expected = st.rewards[t, env] + alg.gamma * st.values[t, env]
+    torch.testing.assert_close(returns[1][t, env], expected.squeeze(), rtol=1e-5, atol=1e-5)
+    reached = torch.zeros_like(returns[0], dtype=torch.bool)
+    reached[: t + 1, env] = True
+    assert torch.equal(returns[0][~reached], returns[1][~reached])
+    assert returns[0][t, env] != returns[1][t, env]
+    losses = alg.update()
+    assert losses["nonfinite_final_values"] == 1.0
+    assert losses["nonfinite_steps"] == 0.0
+    run.rollout()
+    assert alg.update()["nonfinite_final_values"] == 0.0
+
+
+def test_the_count_is_told_where_final_observations_are_published(new_run: Callable) -> None:
+    beta = {"distribution_cfg": {"class_name": "BetaDistribution"}}
+    for actor in ({}, beta):
+        for extras, told in ((with_final_obs, True), (nothing, False)):
+            run = new_run(FUSED, actor=actor, env_args={"num_envs": 64})
+            Recorder(run, extras=extras)
+            losses = run.learn(1).losses[0]
+            assert losses.get("nonfinite_final_values") == (0.0 if told else None)
+
+
 def test_each_rollout_starts_anew(new_run: Callable) -> None:
     """Time-outs of a rollout with final observations are forgotten in the next one, which has none."""
     returns = []
@@ -345,8 +400,38 @@ def test_a_step_reads_nothing_on_the_host(critic: dict, new_run: Callable) -> No
         assert counts[name] == 0, name
 
 
+def test_other_forms_of_final_observations(new_run: Callable) -> None:
+    """Double precision, arrays of numpy."""
+    forms = (
+        with_final_obs,
+        lambda final_obs, _: {"final_obs": final_obs.to(torch.float64)},
+        lambda final_obs, _: {"final_obs": {name: group.numpy() for name, group in final_obs.items()}},
+    )
+    for critic in ({}, GRU):
+        returns = [recorded_run(new_run, critic, form)[0].alg.storage.returns for form in forms]
+        assert torch.equal(returns[0], returns[1])
+        assert torch.equal(returns[0], returns[2])
+
+
+@pytest.mark.parametrize("form", [3, None, {"fell": 2}, torch.tensor(0.5), torch.zeros(5)], ids=repr)
+def test_what_is_not_an_environments_termination_is_ignored(
+    form: object, new_run: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Users log numbers under that name."""
+    plain, _ = recorded_run(new_run, {}, nothing)
+    run, _ = recorded_run(new_run, {}, lambda *_: {"terminated": form})
+    assert torch.equal(run.alg.storage.returns, plain.alg.storage.returns)
+    told = [r.getMessage() for r in caplog.records if "extras['terminated'] is ignored" in r.getMessage()]
+    assert len(told) == 1
+    assert "with an entry for each of the 64 environments" in told[0]
+
+
 def test_wrong_arguments_are_named(new_run: Callable) -> None:
     with pytest.raises(ValueError, match=r"time_out_bootstrap must be one of \('final_obs', 'rsl_rl'\), got 'stock'"):
         new_run(FUSED, args={"time_out_bootstrap": "stock"})
     with pytest.raises(KeyError, match=r"lacks the groups \['privileged'\] of the critic; it has \['policy'\]"):
         recorded_run(new_run, {}, lambda final_obs, _: {"final_obs": final_obs.select("policy")})
+    with pytest.raises(ValueError, match=r"extras\['final_obs'\]\['policy'\] has the shape \(3, 6\), but .* \(64, 6\)"):
+        recorded_run(new_run, {}, lambda final_obs, _: {"final_obs": {**final_obs, "policy": final_obs["policy"][:3]}})
+    with pytest.raises(TypeError, match=r"extras\['final_obs'\]\['policy'\] must be a tensor \[E, ...\], got NoneType"):
+        recorded_run(new_run, {}, lambda final_obs, _: {"final_obs": {**final_obs, "policy": None}})

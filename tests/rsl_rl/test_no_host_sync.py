@@ -31,10 +31,10 @@ def test_nothing_waits_before_the_metrics_are_read(
     read = Run.read
     reads = []
 
-    def may_wait(update: Run) -> dict:
+    def may_wait(update: Run, counts: dict) -> dict:
         reads.append(1)
         torch.cuda.set_sync_debug_mode("default")
-        return read(update)
+        return read(update, counts)
 
     monkeypatch.setattr(Run, "read", may_wait)
     torch.cuda.set_sync_debug_mode("error")

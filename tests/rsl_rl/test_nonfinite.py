@@ -9,10 +9,11 @@ from itertools import pairwise
 import pytest
 import torch
 from rsl_rl.modules import EmpiricalNormalization
+from tensordict import TensorDict
 from torch import Tensor
 
 from pyfast_ppo.rsl_rl import FusedPPO
-from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, statistics_in_place
+from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, first_nonfinite, statistics_in_place
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 SPLIT = {"num_learning_epochs": 3, "num_mini_batches": 4}
@@ -152,6 +153,73 @@ def test_what_was_not_finite_first_is_named(new_run: Callable, fault: tuple[str,
     alg.compute_returns = compute_returns
     run.rollout()
     assert math.isfinite(alg.update()["value"])
+
+
+def test_where_a_return_that_is_not_finite_began(new_run: Callable) -> None:
+    """Backwards from there it spreads, as far as the episode goes."""
+    run = new_run(FUSED, args=SPLIT).rollout()
+    storage = run.alg.storage
+    storage.dones.zero_()
+    storage.dones[1, 7] = 1
+    storage.returns[2:5, 7] = math.nan
+    storage.advantages[:] = math.nan  # which are normalised with it
+    with pytest.raises(
+        NonFiniteError, match="the return was not finite first, at step 4 of the rollout in environment 7"
+    ):
+        run.alg.update()
+
+
+def test_the_observation_after_the_rollout(new_run: Callable) -> None:
+    """It is not in the rollout, but the last returns are made of its value."""
+    run = new_run(FUSED, args=SPLIT)
+    compute_returns = run.alg.compute_returns
+
+    def with_fault(obs: TensorDict) -> None:
+        run.alg.storage.dones[5, 7] = 0
+        obs["privileged"][7] = math.nan
+        compute_returns(obs)
+
+    run.alg.compute_returns = with_fault
+    run.rollout()
+    where = "the return was not finite first, at step 5 of the rollout in environment 7, and so, it seems, the value of"
+    with pytest.raises(NonFiniteError, match=f"{where} the observation after it"):
+        run.alg.update()
+
+
+def test_advantages_that_were_normalised_have_no_place(new_run: Callable) -> None:
+    run = new_run(FUSED, args=SPLIT).rollout()
+    run.alg.storage.advantages[:] = math.nan
+    with pytest.raises(NonFiniteError, match="the returns were finite, but the mean or the std of the advantages"):
+        run.alg.update()
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_rnd_makes_the_reward_of_the_observation_that_follows(new_run: Callable, step: int) -> None:
+    """The observation is named, not the reward of the step before; the last one is not in the rollout."""
+    run = new_run(FUSED, args={**SPLIT, "rnd_cfg": dict(RND)})
+    env_step, steps = run.env.step, iter(range(1, 100))
+
+    def with_fault(actions: Tensor) -> tuple:
+        obs, *others = env_step(actions)
+        if next(steps) == step + 1:
+            obs["policy"][7] = math.nan
+        return obs, *others
+
+    run.env.step = with_fault
+    run.rollout()
+    names = {
+        3: r"the observation group 'policy' was not finite first, at step 4 of the rollout in environment 7\.",
+        5: r"the reward was not finite first, at step 5 .* environment 7 \(RND's part, from the observation",
+    }
+    with pytest.raises(NonFiniteError, match=names[step]):
+        run.alg.update()
+
+
+def test_another_process(new_run: Callable) -> None:
+    run = new_run(FUSED, args=SPLIT).rollout()
+    message = first_nonfinite(run.alg.storage, [], num_ranks=4)
+    assert "everything in this process's rollout was finite" in message
+    assert "averaged over 4 processes" in message
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,12 @@ def diverged() -> dict[str, Any]:
     env.step(torch.zeros(E, 1))
     bare.sim.data.qvel[2] = torch.nan
     obs, _, dones, step_extras = env.step(torch.zeros(E, 1))
+    finite = step_extras["final_obs"]["actor"].isfinite().all(-1)
     return {
         "dones": dones.tolist(),
         "terminated": step_extras["terminated"].tolist(),
         "obs_finite": bool(obs["actor"].isfinite().all()),
-        "final_finite": bool(step_extras["final_obs"]["actor"].isfinite().all()),
+        "final_finite": finite.tolist(),
         "policy": {group.nan_policy for group in bare.observation_manager.cfg.values()} == {"error"},
     }
 
