@@ -11,6 +11,8 @@ from rsl_rl.storage import RolloutStorage
 from tensordict import TensorDict
 from torch import Tensor
 
+from pyfast_ppo.rsl_rl.mini_batches import statistics_at_rest
+
 
 class FinalValues:
     """V of the observations at which episodes were cut off, for one rollout of T steps in E environments.
@@ -69,7 +71,7 @@ class FinalValues:
             return
         hidden_state = self._critic.get_hidden_state()
         groups = {name: group.to(self._like[name]) for name, group in groups.items()}  # device and dtype
-        with torch.no_grad():
+        with torch.no_grad(), statistics_at_rest(self._critic):
             self._values[step] = self._critic(TensorDict(groups, batch_size=time_outs.shape))
         self._critic.reset(hidden_state=hidden_state)
 
@@ -84,7 +86,7 @@ class FinalValues:
         if self._obs:
             values = self._values.flatten(0, 1)  # a view
             obs = TensorDict({k: obs.flatten(0, 1) for k, obs in self._obs.items()}, batch_size=values.shape[:1])
-            with torch.no_grad():
+            with torch.no_grad(), statistics_at_rest(self._critic):
                 if self.only_time_outs:
                     rows = self._time_outs.flatten().nonzero().squeeze(-1)
                     if len(rows) > 0:

@@ -26,6 +26,7 @@ from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, matmul_precision, modes
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import Run
+from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, own_methods, rows_of, sees_whole_batches
 from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place, widest_layer
 from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, first_nonfinite, statistics_in_place
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
@@ -33,12 +34,10 @@ from pyfast_ppo.rsl_rl.policy import (
     SampleInstead,
     detach_last_forward,
     first_row,
-    gathered,
     law_not_gaussian,
     mean_of,
     reason_not_fused,
     row_behind,
-    rows_of,
     sample_without_waiting,
     std_is_parameter,
     store_std_once,
@@ -74,7 +73,8 @@ class FusedPPO(PPO):
     - A time-out bootstraps from the value of the observation before the reset, if the environment hands it out as
       ``extras["final_obs"]``; the stock wrappers do not, and then it is V(s_t) as in PPO (see ``time_out_bootstrap``).
       Where that value is not finite it is V(s_t), too, and is counted in ``loss_dict["nonfinite_final_values"]``.
-    - ``update()`` draws no actions that nobody uses, and gathers each mini-batch once per update, not once per epoch.
+    - ``update()`` draws no actions that nobody uses, and gathers each mini-batch once per update, not once per epoch,
+      unless the rollout's observations are larger than 256 MiB: then memory is what counts.
     - Its losses stay on the device and are read once, at the end.
     - ``loss_dict`` also has ``kl`` (mean exact KL, in ``kl_direction``), ``first_kl`` (at the first mini-batch, before
       any step: more than rounding means that acting and updating see different policies), ``max_kl`` and ``last_kl``,
@@ -196,6 +196,7 @@ class FusedPPO(PPO):
         self._captured = Captured[Run]("The update", self.device) if cuda_graph else None
         self._captured_rollout: Captured[None] | None = None
         self._std_is_parameter = False
+        self._own_methods: list[str] = []  # of the storage
         self.kl_target = kl_target
         self.early_stop_kl = early_stop_kl
         self._stock_reason: str | None = None
@@ -302,6 +303,7 @@ class FusedPPO(PPO):
             if not self._final_values.fits(self.storage):  # the user has put in another one
                 self._final_values = self._new_final_values()
             self._final_values.begin()
+            self._follow_storage()
         if self.time_out_bootstrap == "final_obs" and "time_outs" in extras:
             extras = dict(extras)
             time_outs = extras.pop("time_outs").bool()  # costs nothing where they are boolean already
@@ -311,7 +313,7 @@ class FusedPPO(PPO):
                 self._final_values.record(self.storage.step, extras["final_obs"], time_outs)
             else:  # PPO adds γ V(s_t) to the reward
                 extras["time_outs"] = time_outs
-        if self._std_is_parameter:
+        if self._stores_std_once:
             store_std_once(self.storage, self.transition)
         super().process_env_step(obs, rewards, dones, extras)
 
@@ -409,6 +411,27 @@ class FusedPPO(PPO):
             self._world_size,
         )
 
+    def _follow_storage(self) -> None:
+        """Notices what a user's storage does in its own way."""
+        own = own_methods(self.storage)
+        if own == self._own_methods:
+            return
+        self._own_methods = own
+        if self._storage_draws:
+            kind = type(self.storage).__name__
+            logger.warning("The mini-batches are those of %s: it has its own %s.", kind, " and ".join(own))
+            if self._captured is not None and self._captured.reason is None:
+                self._captured.give_up(f"{kind} draws its mini-batches itself")
+
+    @property
+    def _storage_draws(self) -> bool:
+        """Whether the storage has its own way to draw the mini-batches that are used."""
+        return f"{'recurrent_' if self._recurrent else ''}mini_batch_generator" in self._own_methods
+
+    @property
+    def _stores_std_once(self) -> bool:
+        return self._std_is_parameter and not self._own_methods
+
     # --- update
     # -------------------------------------------------------------------------------------------------------------
 
@@ -421,6 +444,7 @@ class FusedPPO(PPO):
             return super().update() | counts
 
         self._follow_settings()
+        self._follow_storage()
         self._put_inputs_on_device()
         last_rate = None
         try:
@@ -434,7 +458,7 @@ class FusedPPO(PPO):
                 self._rnd_rate.skip_if(None)
             if self._kl_control.adaptive:
                 self.learning_rate = self._rate.finish(last_rate)
-        self._raise_if_lost(loss_dict)
+        self._raise_if_lost(loss_dict, len(run.lost))
         self._iteration += 1
 
         if NORMALIZES_IN_UPDATE:
@@ -457,7 +481,7 @@ class FusedPPO(PPO):
                 self._penalty_coef = torch.empty((), dtype=torch.float64, device=self.device)
             self._penalty_coef.fill_(self.kl_coef)
         rows_each = self._rows_of_a_mini_batch()
-        if not self._recurrent:
+        if not self._recurrent and not self._storage_draws:
             epochs = self.num_learning_epochs if self.reshuffle else 1
             num_rows = rows_each * self.num_mini_batches
             # the same draw as in PPO
@@ -473,6 +497,9 @@ class FusedPPO(PPO):
 
     def _rows_of_a_mini_batch(self) -> int:
         """As PPO cuts the rollout: by environments for recurrent models; what is left over is not used."""
+        for name in ("num_learning_epochs", "num_mini_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 for an update, got {getattr(self, name)}")
         envs, steps, count = self.storage.num_envs, self.storage.num_transitions_per_env, self.num_mini_batches
         rows = envs // count * steps if self._recurrent else envs * steps // count
         if rows == 0:
@@ -486,6 +513,11 @@ class FusedPPO(PPO):
                 "normalize_advantage_per_mini_batch needs two rows or more in a mini-batch, got one: "
                 f"{envs} environments x {steps} steps in {count} mini-batches"
             )
+        if envs * steps * ranks == 1:
+            raise ValueError(
+                "advantages are normalised over the rollout, which needs two rows or more, got one: 1 environment x 1 "
+                "step; take more environments or a larger num_steps_per_env"
+            )
         return rows
 
     def _steps(self) -> Run:
@@ -494,9 +526,11 @@ class FusedPPO(PPO):
         self._kl_control.begin()
         compiled = self.actor is not self._raw_actor
         models = () if compiled else (self._raw_actor, self._raw_critic)
+        whole = self._whole_mini_batches()  # asked before the models have other ways than their own
         with observations_in_place(*models), fused_hidden_layers(*models if self._on_cpu_kernels else ()):
-            for pieces in self._mini_batches():
+            for pieces in self._mini_batches(whole):
                 self._step(pieces, run)
+                del pieces  # before the next is gathered
         self._kl_control.after_last_step(run, self.num_mini_batches)
         detach_last_forward(self._raw_actor.distribution)
         return run
@@ -530,10 +564,9 @@ class FusedPPO(PPO):
         )
         return addresses(modules, tensors), modes(modules), numbers
 
-    def _raise_if_lost(self, loss_dict: dict[str, float]) -> None:
-        """If no step could be taken, or one could not and that is an error."""
+    def _raise_if_lost(self, loss_dict: dict[str, float], steps: int) -> None:
+        """If none of the steps could be taken, or one could not and that is an error."""
         count = loss_dict.get("nonfinite_steps", 0.0)
-        steps = self.num_learning_epochs * self.num_mini_batches
         if count == 0.0 or (self.nonfinite == "skip" and count < steps):
             return
         models = [self._raw_actor, self._raw_critic, *([self.rnd] if self.rnd else [])]
@@ -550,20 +583,35 @@ class FusedPPO(PPO):
             f"not taken: {reason}. Actor and critic are as the last finite step left them."
         )
 
-    def _mini_batches(self) -> Iterator[list[RolloutStorage.Batch]]:
+    def _mini_batches(self, whole: bool) -> Iterator[list[RolloutStorage.Batch]]:
         """The mini-batches of all epochs, each in pieces: the same in each epoch, as in PPO, unless drawn anew."""
-        ranks = self._world_size if self.global_advantage_statistics else 1
-        for epoch in range(self.num_learning_epochs):
+        st, count, epochs = self.storage, self.num_mini_batches, self.num_learning_epochs
+        if self._storage_draws:
+            generate = st.recurrent_mini_batch_generator if self._recurrent else st.mini_batch_generator
+            yield from ([self._normalized(batch)] for batch in generate(count, epochs))
+            return
+        if self._recurrent:
+            batches = [[self._normalized(batch)] for batch in st.recurrent_mini_batch_generator(count, 1)]
+            for _ in range(epochs):
+                yield from batches
+            return
+        at_once = fits_at_once(st)
+        for epoch in range(epochs):
             if epoch == 0 or self.reshuffle:
-                if self._recurrent:
-                    batches = list(self.storage.recurrent_mini_batch_generator(self.num_mini_batches, 1))
-                else:
-                    batches = [gathered(self.storage, rows) for rows in self._rows[epoch].chunk(self.num_mini_batches)]
-                if self.normalize_advantage_per_mini_batch:
-                    for batch in batches:
-                        batch.advantages = standardized_over_ranks(batch.advantages, ranks)
-                in_pieces = [self._pieces(batch) for batch in batches]
-            yield from in_pieces
+                kept = None  # those of the last epoch need not be there beside the new ones
+                drawn = self._rows[epoch].chunk(count)
+                if at_once:
+                    kept = [self._pieces(self._gathered(rows), whole) for rows in drawn]
+            yield from kept or (self._pieces(self._gathered(rows), whole) for rows in drawn)
+
+    def _gathered(self, rows: Tensor) -> RolloutStorage.Batch:
+        return self._normalized(gathered(self.storage, rows))
+
+    def _normalized(self, batch: RolloutStorage.Batch) -> RolloutStorage.Batch:
+        if self.normalize_advantage_per_mini_batch:
+            ranks = self._world_size if self.global_advantage_statistics else 1
+            batch.advantages = standardized_over_ranks(batch.advantages, ranks)
+        return batch
 
     def _step(self, pieces: list[RolloutStorage.Batch], run: Run) -> None:
         """One step of the optimizer, with a mini-batch in pieces."""
@@ -582,12 +630,18 @@ class FusedPPO(PPO):
         self._kl_control.before_step(run, row[-1])
         self._apply(run)
 
-    def _pieces(self, batch: RolloutStorage.Batch) -> list[RolloutStorage.Batch]:
+    def _whole_mini_batches(self) -> bool:
+        """Whether cutting them would change something, or gain nothing."""
+        if self.symmetry or self.rnd or self.actor is not self._raw_actor:
+            return True
+        if self.keep_random_stream or torch.device(self.device).type != "cpu":  # torch draws other numbers for parts
+            return True
+        return sees_whole_batches([self._raw_actor, self._raw_critic])
+
+    def _pieces(self, batch: RolloutStorage.Batch, whole: bool) -> list[RolloutStorage.Batch]:
         """The mini-batch, on the CPU in parts whose activations stay in the caches; their gradients add up."""
         num_rows = batch.observations.batch_size[0]
-        whole = batch.masks is not None or self.symmetry or self.rnd or self.actor is not self._raw_actor
-        whole = whole or self.keep_random_stream  # torch draws other numbers for parts
-        if whole or torch.device(self.device).type != "cpu" or num_rows < 2 * self._piece_rows:
+        if whole or num_rows < 2 * self._piece_rows:
             return [batch]
         return [rows_of(batch, slice(i, i + self._piece_rows)) for i in range(0, num_rows, self._piece_rows)]
 
@@ -625,7 +679,7 @@ class FusedPPO(PPO):
 
         std = row_behind(std)
         old_mean, old_std = batch.old_distribution_params
-        if self._std_is_parameter:
+        if self._stores_std_once:
             old_std = first_row(old_std)
         num_original = original_batch_size if augmented else None
         out, loss_grads = ppo_loss_and_grad(

@@ -58,7 +58,7 @@ def _only_reads_its_latent(model: MLPModel) -> bool:
         return False
     parts = (model.obs_normalizer, model.mlp, *model.mlp)
     known = type(model.obs_normalizer) in (nn.Identity, EmpiricalNormalization) and type(model.mlp[0]) is nn.Linear
-    return known and not any(_has_own_ways(part) for part in parts)
+    return known and not any(has_own_ways(part) for part in parts)
 
 
 def _latent_of(model: MLPModel) -> Callable[..., Tensor]:
@@ -107,10 +107,10 @@ def _is_fusible(layer: nn.Module, activation: nn.Module) -> bool:
         return False
     if layer.bias is None or any(p.device.type != "cpu" or p.dtype != torch.float32 for p in layer.parameters()):
         return False
-    return not _has_own_ways(layer) and not _has_own_ways(activation)
+    return not has_own_ways(layer) and not has_own_ways(activation)
 
 
-def _has_own_ways(module: nn.Module) -> bool:
+def has_own_ways(module: nn.Module) -> bool:
     """Hooks that want to see what passes, or a forward of this one alone; ours are not there yet."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" in vars(module) or any(getattr(module, name) for name in hooks)

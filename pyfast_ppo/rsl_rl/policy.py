@@ -75,39 +75,6 @@ def store_std_once(storage: RolloutStorage, transition: RolloutStorage.Transitio
     transition.distribution_params = (mean,)
 
 
-def gathered(storage: RolloutStorage, rows: Tensor) -> RolloutStorage.Batch:
-    """The mini-batch of these rows, of T · E."""
-
-    def take(t: Any) -> Any:
-        if isinstance(t, Tensor) and is_shared_row(t):
-            return first_row(t).expand(len(rows), -1)
-        return t.flatten(0, 1)[rows]
-
-    return RolloutStorage.Batch(
-        observations=take(storage.observations),
-        actions=take(storage.actions),
-        values=take(storage.values),
-        advantages=take(storage.advantages),
-        returns=take(storage.returns),
-        old_actions_log_prob=take(storage.actions_log_prob),
-        old_distribution_params=tuple(map(take, storage.distribution_params)),
-    )
-
-
-def rows_of(batch: RolloutStorage.Batch, rows: slice) -> RolloutStorage.Batch:
-    """A part of a feed-forward mini-batch: views."""
-    old_mean, old_std = batch.old_distribution_params
-    return RolloutStorage.Batch(
-        observations=batch.observations[rows],
-        actions=batch.actions[rows],
-        values=batch.values[rows],
-        advantages=batch.advantages[rows],
-        returns=batch.returns[rows],
-        old_actions_log_prob=batch.old_actions_log_prob[rows],
-        old_distribution_params=(old_mean[rows], old_std[rows]),
-    )
-
-
 def first_row(t: Tensor) -> Tensor:
     """[..., A] -> [A]."""
     return t[(0,) * (t.dim() - 1)]

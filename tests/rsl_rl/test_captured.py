@@ -9,14 +9,15 @@ import contextlib
 import copy
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from rsl_rl.storage import RolloutStorage
 from torch import Tensor
 
-from pyfast_ppo.rsl_rl import FusedPPO, captured
+from pyfast_ppo.rsl_rl import FusedPPO, captured, mini_batches
 from pyfast_ppo.rsl_rl.fused_ppo import NORMALIZES_IN_UPDATE
 
 sys.path.append(str(Path(__file__).parent))
@@ -74,6 +75,29 @@ def test_a_replay_gives_the_bits_of_the_update(case: dict, new_run: Callable, gr
     assert run.distance(plain) == 0.0
     assert run.losses == plain.losses
     assert run.alg.learning_rate == plain.alg.learning_rate
+
+
+def test_mini_batches_that_are_gathered_one_by_one(
+    new_run: Callable, graphs: list[GraphOnCpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What large observations need: memory that is given back, and taken again, within the graph."""
+    plain = new_run(FUSED, **with_graph(CASES["reshuffle"], cuda_graph=False)).learn(ITERATIONS)
+    monkeypatch.setattr(mini_batches, "AT_ONCE_BYTES", 0)
+    run = new_run(FUSED, **with_graph(CASES["reshuffle"])).learn(ITERATIONS)
+    assert run.alg._captured.num_records == 1
+    assert run.distance(plain) == 0.0
+
+
+def test_a_storage_that_draws_its_mini_batches_is_not_captured(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    class Own(RolloutStorage):
+        def mini_batch_generator(self, *args: int) -> Iterator[RolloutStorage.Batch]:
+            return super().mini_batch_generator(*args)
+
+    run = new_run(FUSED, **with_graph(CASES["fixed"]))
+    run.alg.storage.__class__ = Own
+    run.learn(3)
+    assert run.alg._captured.reason == "Own draws its mini-batches itself"
+    assert run.alg._captured_rollout.reason is None
 
 
 def hand_out_final_obs(run: object) -> None:

@@ -1,0 +1,99 @@
+"""The mini-batches of an update: gathered from the rollout, and cut into pieces where that changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn as nn
+from rsl_rl.storage import RolloutStorage
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from pyfast_ppo.ops.shared_row import is_shared_row
+from pyfast_ppo.rsl_rl.mlp import has_own_ways
+from pyfast_ppo.rsl_rl.policy import first_row
+
+AT_ONCE_BYTES = 2**28
+"""Of observations: up to here all mini-batches are gathered before the first step and kept for all epochs, which saves
+a copy of them in each epoch but one. Beyond, which is images, the copy is memory that PPO does not need, and the time
+that it saves is little beside that of the convolutions."""
+
+_OWN_METHODS = ("add_transition", "mini_batch_generator", "recurrent_mini_batch_generator")
+
+
+def own_methods(storage: RolloutStorage) -> list[str]:
+    """What a user's storage does in its own way, of what is done here without it otherwise."""
+    return [
+        name
+        for name in _OWN_METHODS
+        if name in vars(storage) or getattr(type(storage), name) is not getattr(RolloutStorage, name)
+    ]
+
+
+def fits_at_once(storage: RolloutStorage) -> bool:
+    """Whether a copy of all observations is small."""
+    return sum(obs.nbytes for obs in storage.observations.values()) <= AT_ONCE_BYTES
+
+
+def gathered(storage: RolloutStorage, rows: Tensor) -> RolloutStorage.Batch:
+    """The mini-batch of these rows, of T · E."""
+
+    def take(t: Any) -> Any:
+        if isinstance(t, Tensor) and is_shared_row(t):
+            return first_row(t).expand(len(rows), -1)
+        return t.flatten(0, 1)[rows]
+
+    return RolloutStorage.Batch(
+        observations=take(storage.observations),
+        actions=take(storage.actions),
+        values=take(storage.values),
+        advantages=take(storage.advantages),
+        returns=take(storage.returns),
+        old_actions_log_prob=take(storage.actions_log_prob),
+        old_distribution_params=tuple(map(take, storage.distribution_params)),
+    )
+
+
+def rows_of(batch: RolloutStorage.Batch, rows: slice) -> RolloutStorage.Batch:
+    """A part of a feed-forward mini-batch: views."""
+    old_mean, old_std = batch.old_distribution_params
+    return RolloutStorage.Batch(
+        observations=batch.observations[rows],
+        actions=batch.actions[rows],
+        values=batch.values[rows],
+        advantages=batch.advantages[rows],
+        returns=batch.returns[rows],
+        old_actions_log_prob=batch.old_actions_log_prob[rows],
+        old_distribution_params=(old_mean[rows], old_std[rows]),
+    )
+
+
+def sees_whole_batches(models: Iterable[nn.Module]) -> bool:
+    """Whether something in the models would notice that a mini-batch comes in pieces: its statistics, or a hook."""
+    modules = [module for model in models for module in model.modules()]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    return (
+        any(_uses_statistics(module) for module in modules)
+        or any(has_own_ways(module) for module in modules)
+        or any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+    )
+
+
+@contextmanager
+def statistics_at_rest(model: nn.Module) -> Iterator[None]:
+    """Inside, normalizations over the batch use the statistics that they have, and do not move them."""
+    normalizations = [m for m in model.modules() if isinstance(m, _NormBase) and m.training]
+    for module in normalizations:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in normalizations:
+            module.training = True
+
+
+def _uses_statistics(module: nn.Module) -> bool:
+    """Of the batch."""
+    return isinstance(module, _NormBase) and (module.training or module.running_mean is None)
