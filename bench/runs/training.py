@@ -24,9 +24,10 @@ from torch import Tensor
 
 import pyfast_ppo
 from pyfast_ppo import backends
-from pyfast_ppo.bench.machine import commit, version
+from pyfast_ppo.bench.machine import commit
 from pyfast_ppo.cli.task import make_task
 from pyfast_ppo.cli.train_config import ALGORITHMS, Settings
+from pyfast_ppo.versions import installed
 from runs.swing_up import CartPoleSwingUp
 
 SWING_UP = "CartPoleSwingUp"
@@ -211,5 +212,5 @@ def made_with() -> dict[str, str]:
         "pyfast_ppo": pyfast_ppo.__version__,
         "commit": commit() or "unknown",
         "backend": backends.select(None, torch.device("cpu")).name,
-        **{name: found for name in _VERSIONS_OF if (found := version(name)) is not None},
+        **{name: found for name in _VERSIONS_OF if (found := installed(name)) is not None},
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pyfast_ppo import __version__, backends
+from pyfast_ppo.versions import installed
 
 LIBRARIES = ("triton", "rsl-rl-lib", "skrl", "rl-games", "torchrl", "stable-baselines3")
 
@@ -28,7 +28,7 @@ def machine(device: str) -> dict:
         "torch": torch.__version__,
         "pyfast_ppo": __version__,
         "backends": {s.name: s.detail for s in backends.status() if s.available},
-        "libraries": {name: found for name in LIBRARIES if (found := version(name)) is not None},
+        "libraries": {name: found for name in LIBRARIES if (found := installed(name)) is not None},
     }
 
 
@@ -46,14 +46,6 @@ def cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def version(package: str) -> str | None:
-    """Of an installed package; None: it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> str | None:

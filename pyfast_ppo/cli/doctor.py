@@ -13,6 +13,7 @@ from pyfast_ppo import __version__
 from pyfast_ppo.cli.arguments import positive
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.simulators import default_device, make_simulated
+from pyfast_ppo.versions import fault_of_rsl_rl, installed
 
 if TYPE_CHECKING:
     from rsl_rl.env import VecEnv
@@ -121,9 +122,9 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    from pyfast_ppo.bench.machine import version
-
-    return version(package) or "not installed"
+    version = installed(package)
+    fault = fault_of_rsl_rl(version) if package == "rsl-rl-lib" else None
+    return (version or "not installed") + (f"  {fault}" if fault else "")
 
 
 def _print_section(title: str, rows: list[tuple[str, str]]) -> None:

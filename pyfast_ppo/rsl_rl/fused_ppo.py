@@ -239,11 +239,13 @@ class FusedPPO(PPO):
 
     def _new_final_values(self) -> FinalValues:
         critic = self._raw_critic
+        # a model of the user's own need not tell what it reads, nor whether it normalizes
+        groups = getattr(critic, "obs_groups", self.storage.observations.keys())
         return FinalValues(
             critic,
-            [*critic.obs_groups, *getattr(critic, "obs_groups_2d", [])],
+            [*groups, *getattr(critic, "obs_groups_2d", [])],
             self.storage,
-            at_once=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not critic.obs_normalization),
+            at_once=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not _normalizes(critic)),
         )
 
     # --- rollout
@@ -378,7 +380,7 @@ class FusedPPO(PPO):
             return f"the device is {self.device}"
         if self._recurrent:
             return "recurrent models have states, and mini-batches of changing shapes"
-        normalized = self._raw_actor.obs_normalization or self._raw_critic.obs_normalization
+        normalized = _normalizes(self._raw_actor) or _normalizes(self._raw_critic)
         if normalized and not NORMALIZES_IN_UPDATE:
             return "rsl_rl before 5.5 moves its normalizers to other memory in each rollout"
         return None
@@ -773,6 +775,8 @@ class FusedPPO(PPO):
     def load(self, loaded_dict: dict, load_cfg: dict | None, strict: bool) -> bool:
         """Load specified models from a saved dict, of this class or of PPO."""
         iteration = super().load(loaded_dict, load_cfg, strict)
+        if load_cfg is None or load_cfg.get("optimizer"):  # rsl_rl itself does so since 5.4.2
+            self.learning_rate = self.optimizer.param_groups[0]["lr"]
         self.learning_rate = float(self.learning_rate)
         if iteration:
             self._iteration = loaded_dict.get("iter", 0)
@@ -784,6 +788,11 @@ class FusedPPO(PPO):
             if self._kl_control.penalty is not None and (load_cfg is None or load_cfg.get("optimizer")):
                 self.kl_coef = loaded_dict.get(_CHECKPOINT_KEY, {}).get("kl_coef", self.kl_coef)
         return iteration
+
+
+def _normalizes(model: nn.Module) -> bool:
+    """Its observations, as far as can be told."""
+    return getattr(model, "obs_normalization", True)
 
 
 def _check_names(**chosen: str) -> None:

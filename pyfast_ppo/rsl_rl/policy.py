@@ -22,13 +22,16 @@ _MODEL_FORMULAS = ("get_output_log_prob", "get_kl_divergence", "output_entropy",
 
 def reason_not_fused(actor: MLPModel) -> str | None:
     """Why the fused loss does not compute what this policy computes, or None if it does."""
-    if not isinstance(actor.distribution, GaussianDistribution):
-        return f"{type(actor.distribution).__name__} is not a Gaussian"
+    distribution = getattr(actor, "distribution", None)
+    if distribution is None:
+        return f"{type(actor).__name__} has no distribution of rsl_rl"
+    if not isinstance(distribution, GaussianDistribution):
+        return f"{type(distribution).__name__} is not a Gaussian"
     for part, base, formulas in (
-        (actor.distribution, GaussianDistribution, _FORMULAS),
+        (distribution, GaussianDistribution, _FORMULAS),
         (actor, MLPModel, _MODEL_FORMULAS),
     ):
-        own = [name for name in formulas if getattr(type(part), name) is not getattr(base, name)]
+        own = [name for name in formulas if getattr(type(part), name, None) is not getattr(base, name)]
         if own:
             return f"{type(part).__name__} has its own {', '.join(own)}"
     return None

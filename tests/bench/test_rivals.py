@@ -11,9 +11,9 @@ import torch
 
 import pyfast_ppo
 from pyfast_ppo.bench import gae, rivals
-from pyfast_ppo.bench.machine import version
 from pyfast_ppo.bench.rivals.loss_and_leaves import LossAndLeaves
 from pyfast_ppo.bench.stock import make_mini_batch, stock_loss
+from pyfast_ppo.versions import installed
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def batch():
 
 @pytest.fixture
 def library(request):
-    if version(rivals.PACKAGES[request.param]) is None:
+    if installed(rivals.PACKAGES[request.param]) is None:
         pytest.skip(f"{request.param} is not installed")
     return importlib.import_module(f"pyfast_ppo.bench.rivals.{request.param}")
 
@@ -58,7 +58,7 @@ def test_installed_libraries_are_called_by_their_names(batch, eager_compiler):
 
 
 def test_missing_library_is_named_with_the_mend(batch, monkeypatch):
-    monkeypatch.setattr(rivals, "version", lambda package: None)
+    monkeypatch.setattr(rivals, "installed", lambda package: None)
     calls, _, skipped = rivals.losses([batch])
     assert calls == {}
     assert skipped["stable_baselines3"] == "not installed; pip install stable-baselines3"
@@ -73,7 +73,7 @@ def stand_in(monkeypatch, factor: float) -> None:
 
     monkeypatch.setattr(rivals, "MODULES", ("fake",))
     monkeypatch.setattr(rivals, "PACKAGES", {"fake": "fake"})
-    monkeypatch.setattr(rivals, "version", lambda package: "1.0")
+    monkeypatch.setattr(rivals, "installed", lambda package: "1.0")
     monkeypatch.setitem(
         sys.modules,
         "pyfast_ppo.bench.rivals.fake",

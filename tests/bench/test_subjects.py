@@ -24,7 +24,7 @@ FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 
 @pytest.fixture(autouse=True)
 def no_rivals(monkeypatch):
-    monkeypatch.setattr(rivals, "version", lambda package: None)
+    monkeypatch.setattr(rivals, "installed", lambda package: None)
 
 
 def checked(subject: str, rows: list[dict]) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ def resumed(new_run: Callable, tmp_path: Path) -> Callable:
     """A new run with other parameters, that loads what another saved and goes on in the same place."""
 
     def resume(algorithm: str, run, **config):
+        if algorithm == "PPO" and version("rsl-rl-lib") in ("5.4.0", "5.4.1"):
+            pytest.skip("this PPO does not restore its learning rate")
         path = str(tmp_path / f"from_{len(list(tmp_path.iterdir()))}.pt")
         run.runner.save(path)
         random_state = torch.get_rng_state()

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from rsl_rl.models import MLPModel
 from rsl_rl.modules.distribution import GaussianDistribution
+from tensordict import TensorDict
 from torch import Tensor
 from torch.distributions import Laplace, Normal
 
@@ -283,3 +284,72 @@ def test_recurrent_mini_batches_of_one_environment(train: Callable) -> None:
     options = {"env_args": {"num_envs": 2}, "actor": model, "critic": model, "args": args, "num_steps_per_env": 18}
     assert abs(train(FUSED, 1, **options).losses[0]["surrogate"]) < 1e-5
     assert abs(train("PPO", 1, **options).losses[0]["surrogate"]) > 1e-2
+
+
+# --- models with rsl_rl's interface and nothing else ------------------------------------------------------------------
+
+
+class Duck(torch.nn.Module):
+    """Neither ``obs_groups`` nor ``obs_normalization`` nor a ``distribution``: rsl_rl asks for none of them."""
+
+    is_recurrent = False
+
+    def __init__(self, obs: TensorDict, obs_groups: dict, obs_set: str, output_dim: int, **_: object) -> None:
+        super().__init__()
+        self.reads = obs_groups[obs_set]
+        self.net = torch.nn.Linear(sum(obs[name].shape[-1] for name in self.reads), output_dim)
+        self.std = torch.nn.Parameter(torch.ones(output_dim))
+
+    def forward(self, obs, masks=None, hidden_state=None, stochastic_output=False):
+        mean = self.net(torch.cat([obs[name] for name in self.reads], -1))
+        self.law = Normal(mean, self.std.expand_as(mean))
+        return self.law.sample() if stochastic_output else mean
+
+    def reset(self, dones=None, hidden_state=None):
+        pass
+
+    def get_hidden_state(self):
+        return None
+
+    def update_normalization(self, obs):
+        pass
+
+    @property
+    def output_distribution_params(self):
+        return self.law.mean, self.law.stddev
+
+    @property
+    def output_entropy(self):
+        return self.law.entropy().sum(-1)
+
+    @property
+    def output_std(self):
+        return self.law.stddev
+
+    def get_output_log_prob(self, actions):
+        return self.law.log_prob(actions).sum(-1)
+
+    def get_kl_divergence(self, old, new):
+        return torch.distributions.kl_divergence(Normal(*old), Normal(*new)).sum(-1)
+
+
+@pytest.mark.parametrize("final_obs", [False, True])
+@pytest.mark.parametrize("models", [("critic",), ("actor",), ("actor", "critic")], ids="+".join)
+def test_models_that_are_not_rsl_rls(
+    models: tuple[str, ...], final_obs: bool, new_run: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = []
+    for algorithm in ("PPO", FUSED):
+        run = new_run(algorithm, args=PARITY if algorithm == FUSED else {}, **{m: {"class_name": Duck} for m in models})
+        step = run.env.step
+
+        def with_final_obs(actions: Tensor, step: Callable = step) -> tuple:
+            obs, rewards, dones, extras = step(actions)
+            return obs, rewards, dones, {**extras, "final_obs": obs.clone()}
+
+        run.env.step = with_final_obs if final_obs else step
+        runs.append(run.learn(2))
+    told = "The loss runs on rsl_rl's own formula: Duck has no distribution of rsl_rl."
+    assert (told in caplog.text) == ("actor" in models)
+    if not final_obs:
+        assert runs[1].distance(runs[0]) < 1e-5

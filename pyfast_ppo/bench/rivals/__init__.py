@@ -20,9 +20,9 @@ import torch
 
 import pyfast_ppo
 from pyfast_ppo.bench.harness import first_line
-from pyfast_ppo.bench.machine import version
 from pyfast_ppo.bench.rivals.loss_and_leaves import LossAndLeaves
 from pyfast_ppo.bench.stock import COEFFICIENTS, MiniBatch, stock_gae
+from pyfast_ppo.versions import installed
 
 if TYPE_CHECKING:
     from pyfast_ppo.bench.gae import Rollout
@@ -65,7 +65,7 @@ def gaes(rollouts: Sequence[Rollout]) -> Found:
 def _found(modules: Sequence[str], make: Callable[[ModuleType], Callable[[int], object]]) -> Found:
     found = Found({}, {}, {})
     for name in modules:
-        if version(PACKAGES[name]) is None:
+        if installed(PACKAGES[name]) is None:
             found.skipped[name] = f"not installed; pip install {PACKAGES[name]}"
             continue
         try:
