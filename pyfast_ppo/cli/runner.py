@@ -15,6 +15,7 @@ from rsl_rl.runners import OnPolicyRunner
 
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.files import write_atomically
+from pyfast_ppo.rsl_rl import NonFiniteError
 from pyfast_ppo.rsl_rl.export import export_policy_to_jit
 from pyfast_ppo.vec_env import clip
 
@@ -58,11 +59,19 @@ class TrainRunner(OnPolicyRunner):
             random_first_lengths: Environments begin at random times within an episode, so that they do not all end
                 together. Not of a run that goes on.
             on_iteration: Called after each iteration with the keyword arguments of ``Logger.log``. May raise.
+
+        Raises:
+            NonFiniteError: The environment has returned NaN, or an update met numbers that are not finite.
         """
         self._on_iteration = on_iteration
         with _swallow_prints():
             done = self.current_learning_iteration
-            self.learn(iterations - done, init_at_random_ep_len=random_first_lengths and done == 0)
+            try:
+                self.learn(iterations - done, init_at_random_ep_len=random_first_lengths and done == 0)
+            except ValueError as error:
+                if "NaN values" in str(error):  # rsl_rl's check of what the environment returns
+                    raise NonFiniteError(str(error)) from error
+                raise
 
     def save(self, path: str, infos: dict | None = None) -> None:
         """Save a checkpoint that stock rsl_rl can load, too; the file is there as a whole or not at all."""

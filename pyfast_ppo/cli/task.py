@@ -19,7 +19,7 @@ class Task:
     config: dict  # of OnPolicyRunner
     threshold: float | None  # mean reward from which on it counts as solved
     reseed: Callable[[int], object]  # begins anew with other random numbers
-    divergence: tuple[type[Exception], ...]  # what its environment raises when the policy has diverged
+    divergence: tuple[type[Exception], ...]  # what is raised where numbers are not finite any more
     random_first_lengths: (
         bool  # episodes of the first iterations end at different times, as simulators' scripts have it
     )
@@ -35,11 +35,13 @@ def make_task(settings: Settings) -> Task:
     Raises:
         UserError: There is no such task, or it cannot be trained.
     """
+    from pyfast_ppo.rsl_rl import NonFiniteError
+
     if settings.simulated:
         env, config = make_simulated(settings.env, settings.num_envs, settings.device, settings.seed)
         config["algorithm"]["class_name"] = ALGORITHMS[settings.algorithm]
         config["logger"] = "tensorboard"  # the command leaves its files in the run's directory, and only there
-        return Task(env, config, None, lambda seed: env.reset(), (), True)
+        return Task(env, config, None, lambda seed: env.reset(), (NonFiniteError,), True)
     from pyfast_ppo.cli.environment import make_env, vector_groups
     from pyfast_ppo.gymnasium import NonFiniteActionError
 
@@ -47,4 +49,5 @@ def make_task(settings: Settings) -> Task:
     config = train_config(settings, vector_groups(env))
     spec = env.env.spec
     threshold = None if spec is None else spec.reward_threshold
-    return Task(env, config, threshold, lambda seed: env.reset(seed=seed), (NonFiniteActionError,), False)
+    divergence = (NonFiniteActionError, NonFiniteError)
+    return Task(env, config, threshold, lambda seed: env.reset(seed=seed), divergence, False)

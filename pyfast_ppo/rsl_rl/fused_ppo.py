@@ -82,8 +82,8 @@ class FusedPPO(PPO):
       the update.
     - A step whose gradients are not finite is not taken, and is counted in ``loss_dict["nonfinite_steps"]``; an update
       in which no step could be taken raises ``NonFiniteError`` (see ``nonfinite``). So the networks stay finite and the
-      error names the frame, but one NaN reward or observation ends the run, unless advantages are normalised per
-      mini-batch: normalised over the rollout, all of them are NaN.
+      error names the frame, but one infinite reward ends the run, unless advantages are normalised per mini-batch:
+      normalised over the rollout, all of them are NaN.
     - The adaptive learning rate is decided on the device, without a host sync; Adam, AdamW and SGD take their fused
       step for it.
     - The adaptive learning rate leaves out the mini-batch before the first step. rsl_rl does so only where rounding

@@ -356,6 +356,25 @@ def test_senseless_numbers_are_refused(train, flags, capsys):
     assert flags[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "bad"), [("fused", float("nan")), ("fused", float("inf")), ("stock", float("nan"))]
+)
+def test_a_reward_that_is_not_finite_ends_the_run_with_a_sentence(train, tmp_path, monkeypatch, bad, algorithm):
+    """NaN is seen by rsl_rl's runner, infinity by FusedPPO."""
+    step = GymnasiumVecEnv.step
+    calls = []
+
+    def diverge_in_the_second_iteration(self, actions):
+        calls.append(None)
+        obs, rewards, dones, extras = step(self, actions)
+        return obs, rewards * (bad if len(calls) == STEPS_PER_ENV + 1 else 1.0), dones, extras
+
+    monkeypatch.setattr(GymnasiumVecEnv, "step", diverge_in_the_second_iteration)
+    code = train("--log-dir", tmp_path, "--algorithm", algorithm)
+    assert_one_sentence(code, 1, "diverged", str(tmp_path), "reward")
+    assert len(history(tmp_path)) == 1
+
+
 def test_divergence_ends_the_run_with_a_sentence(train, tmp_path, monkeypatch):
     step = GymnasiumVecEnv.step
     calls = []
