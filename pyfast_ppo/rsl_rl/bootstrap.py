@@ -11,22 +11,30 @@ from rsl_rl.storage import RolloutStorage
 from tensordict import TensorDict
 from torch import Tensor
 
-from pyfast_ppo.rsl_rl.mini_batches import statistics_at_rest
+from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, statistics_at_rest
 
 
 class FinalValues:
     """V of the observations at which episodes were cut off, for one rollout of T steps in E environments.
 
-    A feed-forward critic sees all of them at once, after the rollout. A recurrent one, or one whose normalizer moves
-    while the rollout is collected, sees them at their step, and gets its hidden state back. Nothing waits for the
-    device.
+    A feed-forward critic sees all of them at once, after the rollout, unless they are large. A recurrent one, or one
+    whose normalizer moves while the rollout is collected, sees them at their step, and gets its hidden state back.
+    Nothing waits for the device.
     """
 
-    def __init__(self, critic: MLPModel, groups: Iterable[str], storage: RolloutStorage, at_once: bool) -> None:
-        """``groups``: the critic's observation groups. ``storage``: of the rollouts, for shapes and dtypes."""
+    def __init__(self, critic: MLPModel, groups: Iterable[str], storage: RolloutStorage, same_later: bool) -> None:
+        """Make room for the values.
+
+        Args:
+            critic: Gives them.
+            groups: Its observation groups.
+            storage: Of the rollouts, for shapes and dtypes.
+            same_later: After the rollout the critic gives the values that it would give at their step.
+        """
         self._critic = critic
-        self._like = {name: storage.observations[name] for name in groups}  # [T, E, ...] each
-        self._at_once = at_once
+        # [T, E, ...] each, without memory
+        self._like = {name: torch.empty_like(storage.observations[name], device="meta") for name in groups}
+        self._at_once = same_later and fits_at_once(self._like.values())
         values = storage.values
         self.only_time_outs = values.device.type == "cpu"  # nobody waits for a count of rows there
         with torch.inference_mode(False):  # written to in and outside of inference mode
@@ -65,14 +73,15 @@ class FinalValues:
         if self._at_once:
             if not self._obs:
                 with torch.inference_mode(False):
-                    self._obs = {name: torch.zeros_like(like) for name, like in self._like.items()}
+                    device = self._values.device
+                    self._obs = {name: torch.zeros_like(like, device=device) for name, like in self._like.items()}
             for name, kept in self._obs.items():
                 kept[step].copy_(groups[name])
             return
         hidden_state = self._critic.get_hidden_state()
-        groups = {name: group.to(self._like[name]) for name, group in groups.items()}  # device and dtype
-        with torch.no_grad(), statistics_at_rest(self._critic):
-            self._values[step] = self._critic(TensorDict(groups, batch_size=time_outs.shape))
+        groups = {name: group.to(self._values.device, self._like[name].dtype) for name, group in groups.items()}
+        obs = TensorDict(groups, batch_size=time_outs.shape)
+        self._evaluate(obs, self._time_outs[step], self._values[step])
         self._critic.reset(hidden_state=hidden_state)
 
     def collect(self, stored: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -86,17 +95,19 @@ class FinalValues:
         if self._obs:
             values = self._values.flatten(0, 1)  # a view
             obs = TensorDict({k: obs.flatten(0, 1) for k, obs in self._obs.items()}, batch_size=values.shape[:1])
-            with torch.no_grad(), statistics_at_rest(self._critic):
-                if self.only_time_outs:
-                    rows = self._time_outs.flatten().nonzero().squeeze(-1)
-                    if len(rows) > 0:
-                        values[rows] = self._critic(obs[rows])
-                else:
-                    values.copy_(self._critic(obs))
+            self._evaluate(obs, self._time_outs.flatten(), values)
         lost = self._time_outs.unsqueeze(-1) & ~torch.isfinite(self._values)
         self._num_nonfinite.copy_(lost.sum())
         self._values.copy_(torch.where(lost, stored, self._values))
         return self._time_outs, self._values
+
+    def _evaluate(self, obs: TensorDict, time_outs: Tensor, values: Tensor) -> None:
+        """Writes V of N observations to ``values``, [N, 1]: of those of the time-outs, [N], or of all."""
+        with torch.no_grad(), statistics_at_rest(self._critic):
+            if not self.only_time_outs or self._critic.is_recurrent:
+                values.copy_(self._critic(obs))
+            elif len(rows := time_outs.nonzero().squeeze(-1)) > 0:
+                values[rows] = self._critic(obs[rows])
 
     def counts(self) -> dict[str, Tensor]:
         """For ``loss_dict``, of the last rollout: nothing where the environment publishes no final observations."""

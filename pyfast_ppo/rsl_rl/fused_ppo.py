@@ -245,7 +245,7 @@ class FusedPPO(PPO):
             critic,
             [*groups, *getattr(critic, "obs_groups_2d", [])],
             self.storage,
-            at_once=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not _normalizes(critic)),
+            same_later=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not _normalizes(critic)),
         )
 
     # --- rollout
@@ -597,7 +597,7 @@ class FusedPPO(PPO):
             for _ in range(epochs):
                 yield from batches
             return
-        at_once = fits_at_once(st)
+        at_once = fits_at_once(st.observations.values())
         for epoch in range(epochs):
             if epoch == 0 or self.reshuffle:
                 kept = None  # those of the last epoch need not be there beside the new ones

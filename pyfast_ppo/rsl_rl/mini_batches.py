@@ -16,9 +16,9 @@ from pyfast_ppo.rsl_rl.mlp import has_own_ways
 from pyfast_ppo.rsl_rl.policy import first_row
 
 AT_ONCE_BYTES = 2**28
-"""Of observations: up to here all mini-batches are gathered before the first step and kept for all epochs, which saves
-a copy of them in each epoch but one. Beyond, which is images, the copy is memory that PPO does not need, and the time
-that it saves is little beside that of the convolutions."""
+"""Of a rollout's observations: up to here all mini-batches are gathered before the first step and kept for all epochs,
+which saves a copy of them in each epoch but one. Beyond, which is images, the copy is memory that PPO does not need,
+and the time that it saves is little beside that of the convolutions."""
 
 _OWN_METHODS = ("add_transition", "mini_batch_generator", "recurrent_mini_batch_generator")
 
@@ -32,9 +32,9 @@ def own_methods(storage: RolloutStorage) -> list[str]:
     ]
 
 
-def fits_at_once(storage: RolloutStorage) -> bool:
-    """Whether a copy of all observations is small."""
-    return sum(obs.nbytes for obs in storage.observations.values()) <= AT_ONCE_BYTES
+def fits_at_once(observations: Iterable[Tensor]) -> bool:
+    """Whether a copy of these groups of a rollout is small."""
+    return sum(obs.nbytes for obs in observations) <= AT_ONCE_BYTES
 
 
 def gathered(storage: RolloutStorage, rows: Tensor) -> RolloutStorage.Batch:

@@ -60,16 +60,16 @@ def first_nonfinite(
         at_end = place[1] == len(bad) - 1
         return _first(*place) + (", and so, it seems, the value of the observation after it" if at_end else "")
     bad = _bad(storage.advantages)
-    if normalized and bad.any():
-        return "the returns were finite, but the mean or the std of the advantages over the rollout was not"
-    if place := _earliest({"the advantage": bad}):
+    if not normalized and (place := _earliest({"the advantage": bad})):
         return _first(*place)
     if num_ranks > 1:
         return (
-            "everything in this process's rollout was finite, but the gradients, which are averaged over "
-            f"{num_ranks} processes, were not: look at the other processes' errors; if none names its rollout, the "
-            "loss or the gradients overflowed"
+            "what this process collected was finite, but the gradients, which are averaged over "
+            f"{num_ranks} processes, were not: look at the other processes' errors; if none names a place in its "
+            "rollout, the loss or the gradients overflowed"
         )
+    if bad.any():
+        return "the returns were finite, but the mean or the std of the advantages over the rollout was not"
     return "everything in the rollout was finite, but the gradients were not: the loss or the gradients overflowed"
 
 

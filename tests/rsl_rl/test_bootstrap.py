@@ -17,6 +17,8 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyfast_ppo.rsl_rl import mini_batches
+
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 GAMMA, LAM = 0.9, 0.95
 
@@ -377,9 +379,29 @@ def test_one_pass_of_the_critic_more_per_iteration(new_run: Callable) -> None:
     assert calls[with_final_obs] == STEPS + 2
 
 
+def test_large_observations_are_not_kept(new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The critic sees them at their step; on the CPU those of time-outs only, and on a GPU all."""
+    returns, rows = [], []
+    for budget, only_time_outs in ((2**28, True), (0, True), (0, False)):
+        monkeypatch.setattr(mini_batches, "AT_ONCE_BYTES", budget)
+        run, recorder = recorded_run(new_run, {}, rollout=False)
+        run.alg._final_values.only_time_outs = only_time_outs
+        seen: list[int] = []
+        run.alg.critic.register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0].batch_size[0]))
+        returns.append(run.rollout().alg.storage.returns)
+        rows.append(sum(seen) - 64 * (STEPS + 1))
+        kept = [t for t in run.alg._final_values.memory() if t.dim() > 2 and t.shape[-1] > 1]
+        assert len(kept) == (2 if budget else 0)
+    num_time_outs = sum(int(step["extras"]["time_outs"].sum()) for step in recorder.steps)
+    assert rows == [num_time_outs, num_time_outs, 64 * STEPS]
+    torch.testing.assert_close(returns[1], returns[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(returns[2], returns[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("critic", CRITICS.values(), ids=CRITICS)
 def test_a_step_reads_nothing_on_the_host(critic: dict, new_run: Callable) -> None:
     run, _ = recorded_run(new_run, critic, rollout=False)
+    run.alg._final_values.only_time_outs = False  # as on a GPU
     counts: Counter[str] = Counter()
 
     class Counted(TorchDispatchMode):
