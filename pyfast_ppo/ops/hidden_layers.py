@@ -28,13 +28,14 @@ class _HiddenLayers(torch.autograd.Function):
         for weight, bias in zip(weights, parameters[1::2], strict=True):
             outputs.append(cpu.add_bias_and_elu(torch.mm(outputs[-1], weight.t()), bias))
         ctx.save_for_backward(*outputs, *weights)
+        ctx.inputs = parameters[1::2]  # the others are saved
         return outputs[-1]
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.saved_tensors) // 2
-        outputs, weights = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
+    def backward(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(saved) // 2
+        outputs, weights = saved[: count + 1], saved[count + 1 :]
         needs_x, *needs = ctx.needs_input_grad
         grads: list[Tensor | None] = []
         grad = grad.contiguous()
