@@ -1,9 +1,14 @@
-"""Where there is no GPU, the Triton kernels run in Triton's interpreter, through the same tests as every backend."""
+"""Where there is no GPU, the Triton kernels run in Triton's interpreter, through the same tests as every backend.
+
+With PYFAST_PPO_TRITON_ON_PTX=1 they are compiled for a GPU instead, and what became of them runs in tests/ptx.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +32,18 @@ def round_to_bfloat16_in_the_interpreter() -> None:
     InterpreterBuilder.cast_impl = cast_impl
 
 
+def run_what_triton_compiles() -> None:
+    os.environ["TRITON_INTERPRET"] = "0"
+    sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parent / "ptx")])
+    from ptx import load_machine
+    from triton_on_ptx import TritonOnPtx
+
+    TritonOnPtx(load_machine())
+
+
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported for the first time
-    round_to_bfloat16_in_the_interpreter()
+    if os.environ.get("PYFAST_PPO_TRITON_ON_PTX") == "1":
+        run_what_triton_compiles()
+    else:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported for the first time
+        round_to_bfloat16_in_the_interpreter()

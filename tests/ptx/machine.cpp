@@ -114,6 +114,10 @@ struct Warp {
   template <class T>
   void set(int reg, int lane, T value) {
     if (reg == kNobody) return;
+    // a GPU has one NaN; a CPU hands on one of the operands', and which one depends on their order
+    if constexpr (std::is_floating_point_v<T>) {
+      if (value != value) value = std::numeric_limits<T>::quiet_NaN();
+    }
     uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof value);
     registers[static_cast<size_t>(reg) * kWarp + lane] = bits;
@@ -775,6 +779,7 @@ class Table {
   template <class Narrow>
   void narrow(const std::string& t) {
     add("cvt.f32." + t, unary<float, uint16_t>(widened<Narrow>));
+    add("cvt.f64." + t, unary<double, uint16_t>([](uint16_t a) { return static_cast<double>(widened<Narrow>(a)); }));
     for (const std::string rounding : {".", ".rn."}) {  // the first operand is narrow (Blackwell)
       add("add" + rounding + "f32." + t,
           binary<float, uint16_t, float>([](uint16_t a, float b) { return widened<Narrow>(a) + b; }));
