@@ -34,7 +34,7 @@ def round_to_bfloat16_in_the_interpreter() -> None:
 
 def run_what_triton_compiles() -> None:
     os.environ["TRITON_INTERPRET"] = "0"
-    sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parent / "ptx")])
+    sys.path.extend(str(Path(__file__).parent / folder) for folder in ("ops/oracles", "ptx"))
     from ptx import load_machine
     from triton_on_ptx import TritonOnPtx
 

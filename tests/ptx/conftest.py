@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "ops" / "oracles"))
 
 import ptx
 

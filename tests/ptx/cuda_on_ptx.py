@@ -18,7 +18,6 @@ from ptx import Kernel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.append(str(Path(__file__).parents[1] / "ops" / "oracles"))
 sys.path.append(str(Path(__file__).parents[2] / "csrc" / "cuda"))
 
 import cuda_on_cpu

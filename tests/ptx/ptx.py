@@ -21,7 +21,7 @@ SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 def load_machine() -> ModuleType:
     """The module made of ``machine.cpp``."""
     here, csrc = Path(__file__).parent, native_module.ROOT / "csrc"
-    return native_module.load("ptx_machine", [here / "machine.cpp"], [here, csrc / "math"], [csrc])
+    return native_module.load("ptx_machine", [here / "machine.cpp"], [here, csrc / "math", csrc / "tensor.h"], [csrc])
 
 
 class Parameter(NamedTuple):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import ModuleType
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 import native_module
 

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 # pybind11's headers: torch brings them
 SYSTEM_INCLUDES = [Path(torch.__file__).parent / "include", Path(sysconfig.get_path("include"))]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
@@ -26,7 +26,7 @@ COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 
 
 def load(name: str, sources: Sequence[Path], depends: Sequence[Path], includes: Sequence[Path]) -> ModuleType:
-    """The module ``name`` made of ``sources``, which include files of the folders ``depends``."""
+    """The module ``name`` made of ``sources``, which include the files ``depends``, or files of these folders."""
     spec = importlib.util.spec_from_file_location(name, build(name, sources, depends, includes))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -36,7 +36,7 @@ def load(name: str, sources: Sequence[Path], depends: Sequence[Path], includes: 
 
 def build(name: str, sources: Sequence[Path], depends: Sequence[Path], includes: Sequence[Path]) -> Path:
     suffixes = (".cu", ".cuh", ".cpp", ".h")
-    files = [p for folder in depends for p in sorted(folder.rglob("*")) if p.suffix in suffixes]
+    files = [p for path in depends for p in [path, *sorted(path.rglob("*"))] if p.suffix in suffixes]
     flags = [*FLAGS, *(f"-I{p}" for p in includes), *(f"-isystem{p}" for p in SYSTEM_INCLUDES)]
     contents = hashlib.sha256(b"".join(p.read_bytes() for p in files) + repr((sys.version, flags, COMPILER)).encode())
     folder = ROOT / "build" / name / contents.hexdigest()[:16]
