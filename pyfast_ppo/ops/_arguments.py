@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyfast_ppo.ops.shared_row import SharedRow, is_shared_row
-from pyfast_ppo.ops.shared_row import spread_over_rows as spread_over_rows  # ppo_loss has it from here
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

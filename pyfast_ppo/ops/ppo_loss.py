@@ -13,6 +13,7 @@ from pyfast_ppo import backends, reference
 from pyfast_ppo.ops import _arguments as arguments
 from pyfast_ppo.ops._autograd import first_order_only
 from pyfast_ppo.ops._library import LIBRARY
+from pyfast_ppo.ops.shared_row import spread_over_rows
 
 KL_DIRECTIONS = ("old_new", "new_old")
 
@@ -248,7 +249,7 @@ def ppo_loss_and_grad(
         outputs = run.ppo_loss(*(call if run.GATHERS else _gathered(call)))
     metrics, grad_mean, grad_std, grad_values = outputs
     if std.dim() > 1 and grad_std.dim() == 1:
-        grad_std = arguments.spread_over_rows(grad_std, std.shape)
+        grad_std = spread_over_rows(grad_std, std.shape)
     if call.mean is not mean or call.std is not std or call.values is not values:
         grad_mean, grad_std, grad_values = (
             grad_mean.view(mean.shape),

@@ -56,7 +56,7 @@ def loss(
     mean, noise, shift = torch.randn(3, n, a, generator=g)
     std = 0.5 + torch.rand(*((n, a) if std_rows else (a,)), generator=g)
     old_std = 0.5 + torch.rand(*((n, a) if old_std_rows else (a,)), generator=g)
-    values, old_log_prob, advantages, returns, old_values = torch.randn(5, n, generator=g)
+    values, advantages, returns, old_values = torch.randn(4, n, generator=g)
     mean, std, values = mean.to(network), std.to(network), values.to(network)
     old_mean = mean.float() + (1.0 if far else 0.1) * shift
     actions = old_mean + old_std * noise

@@ -65,7 +65,7 @@ class TritonOnPtx:
         JITFunction.run = run
         backend.DEVICE_TYPE = "cpu"
         backend.FOR_TESTS_ONLY = True
-        backend.unavailable_reason = lambda: None
+        backend.unavailable_reason = functools.wraps(backend.unavailable_reason.__wrapped__)(lambda: None)
         backend.detail = lambda: f"Triton {triton.__version__}, PTX on the CPU, for tests"
         backend._num_processors = lambda device: self.num_processors
 
