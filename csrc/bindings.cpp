@@ -1,6 +1,7 @@
 // pyfast_ppo._C. No torch at build time: one binary serves every torch.
 #include "bindings.h"
 
+#include "cpu/adam.h"
 #include "cpu/elu.h"
 #include "cpu/gae.h"
 #include "cpu/gaussian.h"
@@ -123,4 +124,16 @@ PYBIND11_MODULE(_C, m) {
           gaussian_kl_backward(shape(s), views[0], views[1], views[2], views[3], grad_view, results[0], results[1],
                                results[2]);
         });
+  m.def("adam_step", [](const py::list& rows, const std::tuple<double, double, double, double, bool>& rule,
+                        double max_norm, const py::object& rate, const py::object& skip, bool skip_nonfinite,
+                        const py::object& lost, int num_threads) {
+    AdamArgs args;
+    if (!adam_args(rows, rule, max_norm, rate, skip, skip_nonfinite, lost, &args)) return false;
+    const py::gil_scoped_release release;
+    adam_step(args, num_threads);
+    return true;
+  });
+  m.def("adapt_rate",
+        [](const std::tuple<double, double, double, double, double>& rule, const py::object& kl, const py::object& rate,
+           const py::object& lost, const py::object& next) { adapt_rate(rate_args(rule, kl, rate, lost, next)); });
 }

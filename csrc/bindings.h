@@ -12,9 +12,11 @@
 #include <tuple>
 #include <utility>
 
+#include "adam.h"
 #include "dlpack.h"
 #include "gae.h"
 #include "ppo_loss.h"
+#include "schedule.h"
 #include "tensor.h"
 
 namespace pyfast_ppo {
@@ -39,6 +41,7 @@ struct Torch {
   PyObject* const shape = PyUnicode_InternFromString("shape");
   PyObject* const dtype = PyUnicode_InternFromString("dtype");
   PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* const grad = PyUnicode_InternFromString("grad");
 
   static const Torch& get() {
     static const Torch* const torch = new Torch();  // never freed: at exit Python is gone before it
@@ -236,6 +239,80 @@ inline GaeArgs gae_args(const std::tuple<int64_t, int64_t>& sizes, const py::tup
   for (size_t i = 0; i < 6; ++i) *views[i] = view(inputs[i], names[i], views[i] == &args.last_values);
   args.gamma = gamma, args.lam = lam, args.normalize = normalize;
   args.advantages = output(outputs[0]).data, args.returns = output(outputs[1]).data;
+  return args;
+}
+
+// Whether the tensor is contiguous float32, of `count` elements unless that is negative, on `device` unless that has no
+// type yet; then its address, and what was left open.
+inline bool read_floats(py::handle tensor, float** data, int64_t* count, dlpack::Device* device) {
+  dlpack::Tensor found;
+  DType dtype;
+  if (!look_into(tensor, &found)) {  // what has no DLPack says so itself
+    const py::object contiguous = tensor.attr("is_contiguous")();
+    const py::object is_float = tensor.attr("dtype").attr("__eq__")(py::module_::import("torch").attr("float32"));
+    const auto elements = tensor.attr("numel")().cast<int64_t>();
+    if (!contiguous.cast<bool>() || !is_float.cast<bool>() || (*count >= 0 && elements != *count)) return false;
+    *data = static_cast<float*>(address_of(tensor));
+    *count = elements;
+    return true;
+  }
+  if (!dtype_of_code(found.dtype, &dtype) || dtype != DType::kFloat32) return false;
+  int64_t elements = 1;
+  for (int i = found.ndim - 1; i >= 0; --i) {
+    if (found.shape[i] != 1 && found.strides != nullptr && found.strides[i] != elements) return false;
+    elements *= found.shape[i];
+  }
+  if (*count >= 0 && elements != *count) return false;
+  if (device->type != 0 && (device->type != found.device.type || device->id != found.device.id)) return false;
+  *data = reinterpret_cast<float*>(static_cast<char*>(found.data) + found.byte_offset);
+  *count = elements;
+  *device = found.device;
+  return true;
+}
+
+// What a step of Adam takes, on any device. Rows: (parameter, exp_avg, exp_avg_sq, step, number of its module), in the
+// order of the modules; parameters without a gradient are left out. The rule: beta1, beta2, eps, weight_decay, and
+// whether that is decoupled. False where a tensor is not as the kernels take it: then another way has to be gone.
+inline bool adam_args(const py::list& rows, const std::tuple<double, double, double, double, bool>& rule,
+                      double max_norm, const py::object& rate, const py::object& skip, bool skip_nonfinite,
+                      const py::object& lost, AdamArgs* args) {
+  dlpack::Device device{};
+  args->num_tensors = args->num_modules = 0;
+  for (const py::handle entry : rows) {
+    const auto row = py::reinterpret_borrow<py::tuple>(entry);
+    const py::object gradient = own(PyObject_GetAttr(py::handle(row[0]).ptr(), Torch::get().grad));
+    if (gradient.is_none()) continue;
+    if (args->num_tensors == kMaxAdamTensors || py::handle(row[1]).is_none()) return false;
+    AdamTensor& t = args->tensors[args->num_tensors++];
+    int64_t one = 1;
+    t.count = -1;
+    if (!read_floats(row[0], &t.parameter, &t.count, &device)) return false;
+    if (!read_floats(gradient, &t.gradient, &t.count, &device)) return false;
+    if (!read_floats(row[1], &t.exp_avg, &t.count, &device)) return false;
+    if (!read_floats(row[2], &t.exp_avg_sq, &t.count, &device)) return false;
+    if (!read_floats(row[3], &t.step, &one, &device)) return false;
+    t.module = row[4].cast<int>();
+    args->num_modules = t.module + 1;
+  }
+  if (args->num_tensors == 0 || args->num_modules > kMaxAdamModules) return false;
+  std::tie(args->rule.beta1, args->rule.beta2, args->rule.eps, args->rule.weight_decay, args->rule.decoupled) = rule;
+  args->max_norm = static_cast<float>(max_norm);
+  args->skip_nonfinite = skip_nonfinite;
+  args->rate = coefficient(rate, "the learning rate");
+  args->skip = skip.is_none() ? nullptr : static_cast<const uint8_t*>(address_of(skip));
+  args->lost = static_cast<uint8_t*>(address_of(lost));
+  return true;
+}
+
+// What the rule of the learning rate takes, on any device: desired_kl, min_rate, max_rate, factor, rise_above.
+inline RateArgs rate_args(const std::tuple<double, double, double, double, double>& rule, const py::object& kl,
+                          const py::object& rate, const py::object& lost, const py::object& next) {
+  RateArgs args;
+  std::tie(args.rule.desired_kl, args.rule.min_rate, args.rule.max_rate, args.rule.factor, args.rule.rise_above) = rule;
+  args.kl = coefficient(kl, "kl");
+  args.rate = coefficient(rate, "the learning rate");
+  args.lost = lost.is_none() ? nullptr : static_cast<const uint8_t*>(address_of(lost));
+  args.next = static_cast<double*>(address_of(next));
   return args;
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyfast_ppo.ops.learning_rate import adapted_rate
+
 
 class RslRlSchedule:
     """The adaptive learning rate of rsl_rl 5.x, decided before each step of the optimizer.
@@ -37,14 +39,31 @@ class RslRlSchedule:
             lr: The present rate. 0-dim float64, on the same device.
             step_taken: Whether the policy has moved since the rollout; a tensor is read on its device.
         """
-        lowered = torch.clamp(lr / self.factor, min=self.min_rate)
-        raised = torch.clamp(lr * self.factor, max=self.max_rate)
         if isinstance(step_taken, Tensor):
-            raised = torch.where(step_taken, raised, lr)
-        elif not step_taken:
-            raised = lr
-        low = (kl < self.desired_kl / 2.0) & (kl > -torch.inf)
-        return torch.where(kl > self.desired_kl * 2.0, lowered, torch.where(low, raised, lr))
+            return torch.where(step_taken, self.following(kl, lr), self.following(kl, lr, rise_above=torch.inf))
+        return self.following(kl, lr, rise_above=-torch.inf if step_taken else torch.inf)
+
+    def following(
+        self,
+        kl: Tensor,
+        lr: Tensor,
+        *,
+        rise_above: float = -torch.inf,
+        lost: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """As ``update``, in one launch where a backend has it: see ``ops.learning_rate.adapted_rate``."""
+        return adapted_rate(
+            kl,
+            lr,
+            desired_kl=self.desired_kl,
+            min_rate=self.min_rate,
+            max_rate=self.max_rate,
+            factor=self.factor,
+            rise_above=rise_above,
+            lost=lost,
+            backend=backend,
+        )
 
 
 class RslRlScheduleBefore5(RslRlSchedule):
@@ -62,9 +81,17 @@ class RslRlScheduleBefore5(RslRlSchedule):
         spread = (std_old.square() + (mean_old - mean_new).square()) / (2.0 * std_new.square())
         return (ratio + spread - 0.5).sum(-1)
 
-    def update(self, kl: Tensor, lr: Tensor, step_taken: bool | Tensor = True) -> Tensor:
-        """As ``RslRlSchedule.update``; ``step_taken`` does not matter."""
-        return super().update(kl, lr, kl > 0.0)
+    def following(
+        self,
+        kl: Tensor,
+        lr: Tensor,
+        *,
+        rise_above: float = 0.0,
+        lost: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """As ``RslRlSchedule.following``; neither ``rise_above`` nor whether a step was taken matters."""
+        return super().following(kl, lr, rise_above=0.0, lost=lost, backend=backend)
 
 
 class ProportionalSchedule:

@@ -2,10 +2,12 @@
 #include "bindings.h"
 
 #include "../bindings.h"
+#include "adam.h"
 #include "gae.h"
 #include "gaussian.h"
 #include "launch.h"
 #include "ppo_loss.h"
+#include "schedule.h"
 
 namespace pyfast_ppo::cuda {
 
@@ -73,6 +75,24 @@ void bind(py::module_ m) {
           void* const memory = address_of(moments);
           const WithoutGil other_threads_run;
           gae(args, use_double, memory, stream(where));
+        });
+  m.def("adam_partials", &adam_partials);
+  m.def("adam_step", [](const py::list& rows, const std::tuple<double, double, double, double, bool>& rule,
+                        double max_norm, const py::object& rate, const py::object& skip, bool skip_nonfinite,
+                        const py::object& lost, const py::tuple& scratch, const PyStream& where) {
+    AdamArgs args;
+    if (!adam_args(rows, rule, max_norm, rate, skip, skip_nonfinite, lost, &args)) return false;
+    const Scratch memory{address_of(scratch[0]), static_cast<unsigned*>(address_of(scratch[1]))};
+    const WithoutGil other_threads_run;
+    adam_step(args, memory, stream(where));
+    return true;
+  });
+  m.def("adapt_rate",
+        [](const std::tuple<double, double, double, double, double>& rule, const py::object& kl, const py::object& rate,
+           const py::object& lost, const py::object& next, const PyStream& where) {
+          const RateArgs args = rate_args(rule, kl, rate, lost, next);
+          const WithoutGil other_threads_run;
+          adapt_rate(args, stream(where));
         });
   m.def("gaussian_blocks", [](const PyShape& s) { return gaussian_blocks(shape(s)); });
   m.def("gaussian_kl_loss", [](const PyShape& s, int which, const py::tuple& inputs, const py::object& old_log_prob,

@@ -102,6 +102,29 @@ def gae(
     return advantages, returns
 
 
+def adam_step(
+    rows: list,  # of (parameter, exp_avg, exp_avg_sq, step, number of its module)
+    rule: tuple,  # beta1, beta2, eps, weight_decay, decoupled
+    max_norm: float,
+    rate: float | Tensor,
+    skip: Tensor | None,  # 0-dim, boolean
+    skip_nonfinite: bool,
+    lost: Tensor,  # 0-dim, boolean, written to
+) -> bool:
+    """Whether the step was taken care of; False where a tensor is not as the kernel takes it."""
+    return _C.adam_step(rows, rule, max_norm, rate, skip, skip_nonfinite, lost, torch.get_num_threads())
+
+
+def adapt_rate(
+    rule: tuple,  # desired_kl, min_rate, max_rate, factor, rise_above
+    kl: Tensor,  # 0-dim, as the others
+    rate: Tensor,
+    lost: Tensor | None,  # boolean
+    out: Tensor,  # float64
+) -> None:
+    _C.adapt_rate(rule, kl, rate, lost, out)
+
+
 def add_bias_and_elu(x: Tensor, bias: Tensor) -> Tensor:
     """elu(x + bias), in the memory of x: [N, H], [H], contiguous float32."""
     _C.add_bias_and_elu((*x.shape, torch.get_num_threads()), x, bias)

@@ -42,13 +42,12 @@ def _stream(device: torch.device) -> tuple[int, int]:
     return device.index or 0, current_stream(device)
 
 
-def _launch(function: Callable, device: torch.device, *args: object) -> None:
+def _launch(function: Callable, device: torch.device, *args: object) -> Any:
     """Calls a function of the extension while ``device`` is the current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        function(*args)
-    else:
-        with torch.cuda.device(device):
-            function(*args)
+        return function(*args)
+    with torch.cuda.device(device):
+        return function(*args)
 
 
 @functools.cache
@@ -140,6 +139,33 @@ def gae(
         _stream(rewards.device),
     )
     return advantages, returns
+
+
+def adam_step(
+    rows: list,  # of (parameter, exp_avg, exp_avg_sq, step, number of its module)
+    rule: tuple,  # beta1, beta2, eps, weight_decay, decoupled
+    max_norm: float,
+    rate: float | Tensor,
+    skip: Tensor | None,  # 0-dim, boolean
+    skip_nonfinite: bool,
+    lost: Tensor,  # 0-dim, boolean, written to
+) -> bool:
+    """Whether the step was launched; False where a tensor is not as the kernels take it."""
+    device, stream = lost.device, _stream(lost.device)
+    num_partials = _cuda.adam_partials(sum(row[0].numel() for row in rows), len(rows))
+    scratch = _scratch.get(device, stream[1], num_partials, torch.float64, True)
+    memory = scratch.partials, scratch.counter
+    return _launch(_cuda.adam_step, device, rows, rule, max_norm, rate, skip, skip_nonfinite, lost, memory, stream)
+
+
+def adapt_rate(
+    rule: tuple,  # desired_kl, min_rate, max_rate, factor, rise_above
+    kl: Tensor,  # 0-dim, as the others
+    rate: Tensor,
+    lost: Tensor | None,  # boolean
+    out: Tensor,  # float64
+) -> None:
+    _launch(_cuda.adapt_rate, out.device, rule, kl, rate, lost, out, _stream(out.device))
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import Run
 from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, own_methods, rows_of, sees_whole_batches
 from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place, widest_layer
-from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, any_nonfinite, first_nonfinite, statistics_in_place
+from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, first_nonfinite, statistics_in_place
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.policy import (
     SampleInstead,
@@ -212,7 +213,7 @@ class FusedPPO(PPO):
             self._sampling = SampleInstead(distribution, sample_without_waiting)
         self._controlled: tuple = ()
         self._num_controls = 0
-        self._rnd_rate: Any = DeviceRate(self.rnd.optimizer, in_graph=cuda_graph) if self.rnd else None
+        self._rnd_rate: Any = DeviceRate(self.rnd.optimizer, backend, cuda_graph) if self.rnd else None
         self._follow_settings()
         self._penalty_coef: Tensor | None = None  # the memory of kl_coef on the device, if it adapts
         self._rows: Any = None  # the order of the rollout's rows in each epoch, or in all
@@ -402,7 +403,7 @@ class FusedPPO(PPO):
             return
         self._controlled = wanted
         self._num_controls += 1
-        self._rate = DeviceRate(self.optimizer, self._captured is not None)
+        self._rate = DeviceRate(self.optimizer, self.backend, self._captured is not None)
         self._kl_control = KLControl(
             self._rate,
             desired_kl,
@@ -412,6 +413,10 @@ class FusedPPO(PPO):
             self.adapt_before_first_step,
             self._world_size,
         )
+
+    def _rates(self) -> list[DeviceRate]:
+        """Of all optimizers."""
+        return [self._rate] if self._rnd_rate is None else [self._rate, self._rnd_rate]
 
     def _follow_storage(self) -> None:
         """Notices what a user's storage does in its own way."""
@@ -455,9 +460,8 @@ class FusedPPO(PPO):
             self.kl_coef = loss_dict.get("kl_coef", self.kl_coef)
             last_rate = loss_dict.pop("learning_rate", None)  # rsl_rl's logger has it from the algorithm
         finally:  # whatever happens, a checkpoint finds numbers
-            self._rate.skip_if(None)
-            if self._rnd_rate is not None:
-                self._rnd_rate.skip_if(None)
+            for rate in self._rates():
+                rate.end_steps()
             if self._kl_control.adaptive:
                 self.learning_rate = self._rate.finish(last_rate)
         self._raise_if_lost(loss_dict, len(run.lost))
@@ -525,6 +529,8 @@ class FusedPPO(PPO):
     def _steps(self) -> Run:
         """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
         run = Run(self.kl_coef if self._penalty_coef is None else self._penalty_coef)
+        for rate in self._rates():
+            rate.begin_steps()
         self._kl_control.begin()
         compiled = self.actor is not self._raw_actor
         models = () if compiled else (self._raw_actor, self._raw_critic)
@@ -737,20 +743,13 @@ class FusedPPO(PPO):
         """One step, with the gradients that there are."""
         if self.is_multi_gpu:
             self.reduce_parameters()
-        models = [m for m in (self.actor, self.critic) if any(p.grad is not None for p in m.parameters())]
-        norms = [nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm) for model in models]
-        if self.nonfinite == "ignore":
-            self._rate.skip_if(run.stopped)
-        else:
-            lost = any_nonfinite(norms)
+        keeps_finite = self.nonfinite != "ignore"
+        models = (self._raw_actor, self._raw_critic)
+        lost = self._rate.step(models, self.max_grad_norm, skip=run.stopped, skip_nonfinite=keeps_finite)
+        if lost is not None:
             run.lost.append(lost)
-            self._rate.skip_if(lost if run.stopped is None else lost | run.stopped)
-        self._rate.step()
         if self.rnd:
-            if self.nonfinite != "ignore":
-                gradients = [p.grad for p in self.rnd.predictor.parameters() if p.grad is not None]
-                self._rnd_rate.skip_if(any_nonfinite([nn.utils.get_total_norm(gradients)]))
-            self._rnd_rate.step()
+            self._rnd_rate.step((self.rnd.predictor,), math.inf, skip=None, skip_nonfinite=keeps_finite)
 
     def _autocast(self):
         # rsl_rl has mixed precision since 5.5

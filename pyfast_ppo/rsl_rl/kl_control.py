@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyfast_ppo.ops.learning_rate import lower_if_lost
 from pyfast_ppo.rsl_rl.metrics import Run
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate
 from pyfast_ppo.rsl_rl.ranks import mean_over_ranks
@@ -84,8 +86,9 @@ class KLControl:
             if not self._once_per_update:
                 may_rise = len(run.metrics) > 1 or self._adapt_before_first_step
                 # a policy that cannot move, with a frozen actor say, is no reason to raise the rate
-                step_taken = rule_kl > _NOT_MOVED if may_rise else False
-                rate = self._lower_if_lost(self.rule.update(rule_kl, self.rate.value, step_taken), run)
+                rise_above = _NOT_MOVED if may_rise else math.inf
+                lost, backend = run.lost[-1] if run.lost else None, self.rate.backend
+                rate = self.rule.following(rule_kl, self.rate.value, rise_above=rise_above, lost=lost, backend=backend)
                 if stopped_before is not None:  # no step follows that would answer to the rate
                     rate = torch.where(stopped_before, self.rate.value, rate)
                 self.rate.set(rate)
@@ -108,5 +111,5 @@ class KLControl:
         """``rate``, or a lower one than the present if the last step could not be taken."""
         if not run.lost:
             return rate
-        lowered = torch.clamp(self.rate.value / self.rule.factor, min=self.rule.min_rate)
-        return torch.where(run.lost[-1], torch.minimum(rate, lowered), rate)
+        rule = self.rule
+        return lower_if_lost(rate, self.rate.value, run.lost[-1], min_rate=rule.min_rate, factor=rule.factor)

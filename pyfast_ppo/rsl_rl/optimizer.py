@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from pyfast_ppo.rsl_rl.adam import KernelSteps
+from pyfast_ppo.rsl_rl.nonfinite import any_nonfinite
 
 _FUSED = (Adam, AdamW, SGD)
 
@@ -14,18 +20,20 @@ _FUSED = (Adam, AdamW, SGD)
 class DeviceRate:
     """The learning rate of an optimizer while an update runs: a 0-dim tensor that rules change without a host sync.
 
-    Adam, AdamW and SGD take a tensor in their fused step (torch's own, the same formulas to rounding), RMSprop in its
-    capturable one, which is for GPUs. For others the number is read after each change. Outside of an update the
-    optimizer holds plain numbers, as loggers, schedulers and checkpoints expect.
+    Adam and AdamW step by our kernels where those can (``adam.py``); they and SGD else take a tensor in their fused
+    step (torch's own, the same formulas to rounding), RMSprop in its capturable one, which is for GPUs. For others the
+    number is read after each change. Outside of an update the optimizer holds plain numbers, as loggers, schedulers and
+    checkpoints expect.
     """
 
-    def __init__(self, optimizer: Optimizer, in_graph: bool = False) -> None:
-        """``in_graph``: its steps may be recorded as a CUDA graph."""
+    def __init__(self, optimizer: Optimizer, backend: str | None = None, in_graph: bool = False) -> None:
+        """``backend``: as in FusedPPO; ``in_graph``: its steps may be recorded as a CUDA graph."""
         self._optimizer: Any = optimizer  # torch's stubs lack what fused steps read
+        self.backend = backend
+        self._kernels = KernelSteps(optimizer, backend)
         self._in_graph = in_graph
         self._initial: Any = None  # 0-dim float64, from the first update on
         self._value: Any = None  # 0-dim float64, while an update runs
-        self._skip: Tensor | None = None
         self._options = [dict(group) for group in optimizer.param_groups]  # as they were made
         self.prepare()
 
@@ -88,17 +96,36 @@ class DeviceRate:
         for group in self._optimizer.param_groups:
             group["lr"] = in_groups
 
-    def skip_if(self, condition: Tensor | None) -> None:
-        """The next steps change nothing where ``condition``, 0-dim, is true. None: they are taken."""
-        self._skip = condition
+    def begin_steps(self) -> None:
+        """An update begins: what the optimizer is made of may have changed since the last one."""
+        self._kernels.forget()
+
+    def step(
+        self, modules: Sequence[nn.Module], max_norm: float, *, skip: Tensor | None, skip_nonfinite: bool
+    ) -> Tensor | None:
+        """Clips the gradients of each module to ``max_norm``, and takes the optimizer's step.
+
+        Nothing changes where ``skip`` (boolean, 0-dim) is true, nor where the norm of a module's gradients is NaN or
+        infinite, if ``skip_nonfinite``. Returns whether one was, 0-dim, or None if that does not matter.
+        """
+        if self.can_skip:
+            lost = self._kernels.step(modules, max_norm, skip=skip, skip_nonfinite=skip_nonfinite)
+            if lost is not None:
+                return lost if skip_nonfinite else None
+        norms = [_clip(gradients, max_norm) for module in modules if (gradients := _with_gradients(module))]
+        lost = any_nonfinite(norms) if skip_nonfinite else None
+        skip = lost if skip is None else (skip if lost is None else lost | skip)
         if self.can_skip:
             self._optimizer.grad_scale = None
-            self._optimizer.found_inf = None if condition is None else condition.float()
-
-    def step(self) -> None:
-        """The optimizer's, unless it is to be skipped."""
-        if self.can_skip or self._skip is None or not self._skip.item():  # some have to be asked on the host
+            self._optimizer.found_inf = None if skip is None else skip.float()
+        if self.can_skip or skip is None or not skip.item():  # some have to be asked on the host
             self._optimizer.step()
+        return lost
+
+    def end_steps(self) -> None:
+        """The update ends: the optimizer's steps are its own again."""
+        if self.can_skip:
+            self._optimizer.found_inf = None
 
     def finish(self, rate: float | None = None) -> float:
         """Plain numbers again. ``rate``: the present one, if the host has read it; else it waits for it here."""
@@ -108,6 +135,17 @@ class DeviceRate:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+
+def _with_gradients(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.grad is not None]
+
+
+def _clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """The norm of the gradients, before they were clipped."""
+    if math.isinf(max_norm):
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def _option(optimizer: Optimizer) -> str | None:

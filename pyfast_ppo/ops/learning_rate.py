@@ -1,0 +1,51 @@
+"""The adaptive learning rate of rsl_rl, decided on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyfast_ppo import backends
+
+
+def adapted_rate(
+    kl: Tensor,
+    rate: Tensor,
+    *,
+    desired_kl: float,
+    min_rate: float,
+    max_rate: float,
+    factor: float,
+    rise_above: float = -torch.inf,
+    lost: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The rate for the next step: lower after a KL above 2 · ``desired_kl``, higher after one below half of it.
+
+    Args:
+        kl: In nats. 0-dim. NaN changes nothing.
+        rate: The present one. 0-dim float64.
+        desired_kl: In nats.
+        min_rate: A rate that is lowered is this at least.
+        max_rate: A rate that is raised is this at most.
+        factor: Between a rate and the next one.
+        rise_above: The rate rises only where the KL is greater than this.
+        lost: Where this is true, the last step was not taken, and the rate is lowered in any case. Boolean, 0-dim.
+        backend: As in ``ppo_loss``.
+    """
+    run = None if torch.compiler.is_compiling() else backends.select(backend, rate.device)
+    if hasattr(run, "adapt_rate"):
+        following = torch.empty_like(rate)
+        run.adapt_rate((desired_kl, min_rate, max_rate, factor, rise_above), kl, rate, lost, following)
+        return following
+    lowered = torch.clamp(rate / factor, min=min_rate)
+    raised = torch.clamp(rate * factor, max=max_rate)
+    low = (kl < desired_kl / 2.0) & (kl > rise_above)
+    following = torch.where(kl > desired_kl * 2.0, lowered, torch.where(low, raised, rate))
+    return following if lost is None else lower_if_lost(following, rate, lost, min_rate=min_rate, factor=factor)
+
+
+def lower_if_lost(following: Tensor, rate: Tensor, lost: Tensor, *, min_rate: float, factor: float) -> Tensor:
+    """``following``, or a lower rate than the present one where the last step was lost. 0-dim each."""
+    lowered = torch.clamp(rate / factor, min=min_rate)
+    return torch.where(lost, torch.minimum(following, lowered), following)
