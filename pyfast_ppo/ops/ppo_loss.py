@@ -77,6 +77,11 @@ class PPOLossOutput:
         """Number of rows with an input or a log-ratio that is not finite, or a std that is not positive."""
         return self._metric("nonfinite")
 
+    @property
+    def stacked(self) -> Tensor:
+        """All of them, [9], in the order of ``_fields``; none carries a gradient. No copy."""
+        return self._metrics
+
     def _metric(self, name: str) -> Tensor:
         return self._metrics[reference.METRICS.index(name)]
 

@@ -42,13 +42,13 @@ class KernelSteps:
             self._rule = self._find_rule(modules)
         if self._rule is None:
             return None
+        rate = self._optimizer.param_groups[0]["lr"]
         for _ in range(2):
-            rate = self._optimizer.param_groups[0]["lr"]
             lost = adam_step(
                 self._rows,
                 self._rule,
                 max_norm=max_norm,
-                rate=rate,
+                rate=rate if isinstance(rate, Tensor) else float(rate),
                 skip=skip,
                 skip_nonfinite=skip_nonfinite,
                 backend=self._backend,
@@ -70,8 +70,8 @@ class KernelSteps:
         if any(getattr(torch_optimizer, hooks) for hooks in _GLOBAL_HOOKS):
             return None
         rules = [_rule_of(optimizer, group) for group in optimizer.param_groups]
-        rates = [group["lr"] for group in optimizer.param_groups]
-        if rules[0] is None or any(rule != rules[0] for rule in rules) or any(rate is not rates[0] for rate in rates):
+        rates = {id(rate) if isinstance(rate := group["lr"], Tensor) else rate for group in optimizer.param_groups}
+        if rules[0] is None or any(rule != rules[0] for rule in rules) or len(rates) > 1:
             return None
         of_optimizer = [p for group in optimizer.param_groups for p in group["params"]]
         of_modules = [p for module in modules for p in module.parameters()]
@@ -84,12 +84,8 @@ class KernelSteps:
 
     def _rows_of(self, modules: Sequence[nn.Module]) -> list[AdamRow]:
         state = self._optimizer.state
-        names = ("exp_avg", "exp_avg_sq", "step")
-        return [
-            AdamRow(p, *(state.get(p, {}).get(name) for name in names), module)
-            for module, of in enumerate(modules)
-            for p in of.parameters()
-        ]
+        of_each = [(p, state.get(p, {}), i) for i, module in enumerate(modules) for p in module.parameters()]
+        return [AdamRow(p, s.get("exp_avg"), s.get("exp_avg_sq"), s.get("step"), i) for p, s, i in of_each]
 
     def _make_states(self, modules: Sequence[nn.Module]) -> bool:
         """As torch does at a parameter's first step; whether there was one without."""
@@ -108,4 +104,5 @@ def _rule_of(optimizer: Optimizer, group: dict[str, Any]) -> AdamRule | None:
     if any(group.get(name) for name in _UNUSUAL) or any(isinstance(beta, Tensor) for beta in group["betas"]):
         return None
     decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
-    return AdamRule(*group["betas"], group["eps"], group["weight_decay"], decoupled)
+    beta1, beta2 = group["betas"]
+    return AdamRule(beta1, beta2, group["eps"], group["weight_decay"], decoupled)

@@ -21,12 +21,13 @@ from torch import Tensor
 from pyfast_ppo import backends
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
-from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, PPOLossOutput, ppo_loss_and_grad
+from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, ppo_loss_and_grad
 from pyfast_ppo.ops.shared_row import is_shared_row
+from pyfast_ppo.reference import METRICS
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, matmul_precision, modes
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
-from pyfast_ppo.rsl_rl.metrics import Run
+from pyfast_ppo.rsl_rl.metrics import RULE_KL, Run
 from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, own_methods, rows_of, sees_whole_batches
 from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place, widest_layer
 from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, first_nonfinite, statistics_in_place
@@ -630,12 +631,10 @@ class FusedPPO(PPO):
         rows = []
         for piece in pieces:
             share = piece.observations.batch_size[0] / num_rows
-            metrics, rule_kl = self._backward(piece, share, run.kl_coef)
-            row = torch.stack([*metrics.values(), rule_kl])
+            names, row = self._backward(piece, share, run.kl_coef)
             rows.append(row if share == 1.0 else row * share)
-        row = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
-        run.add(list(metrics), row[:-1])
-        self._kl_control.before_step(run, row[-1])
+        run.add(names, rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))
+        self._kl_control.before_step(run)
         self._apply(run)
 
     def _whole_mini_batches(self) -> bool:
@@ -653,13 +652,10 @@ class FusedPPO(PPO):
             return [batch]
         return [rows_of(batch, slice(i, i + self._piece_rows)) for i in range(0, num_rows, self._piece_rows)]
 
-    def _backward(
-        self, batch: RolloutStorage.Batch, share: float, kl_coef: float | Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _backward(self, batch: RolloutStorage.Batch, share: float, kl_coef: float | Tensor) -> tuple[list[str], Tensor]:
         """Forward and backward of a mini-batch, or of a piece of one that has this share of its rows.
 
-        Gradients are added to those that there are. Returns entries of ``loss_dict``, and the KL for the rule of the
-        learning rate.
+        Gradients are added to those that there are. Returns a row of metrics for ``Run.add``, with their names.
         """
         original_batch_size = batch.observations.batch_size[0]
         augmented = self.symmetry is not None and self.symmetry.use_data_augmentation
@@ -724,20 +720,20 @@ class FusedPPO(PPO):
             rnd_loss.backward()
 
         new_std = std.detach() if std.dim() == 1 else std[:num_original].detach()
-        rule_kl = self._rule_kl(out, (old_mean, old_std, mean[:num_original].detach(), new_std))
-        metrics = {"value": out.value_loss, "surrogate": out.surrogate, "entropy": out.entropy}
-        for name, loss in (("rnd", rnd_loss), ("symmetry", symmetry_loss)):
-            if loss is not None:
-                metrics[name] = loss.detach().to(out.loss.dtype)
-        return metrics | {"kl": out.kl, "clip_fraction": out.clip_fraction, "approx_kl": out.approx_kl}, rule_kl
+        rule_kl = self._rule_kl((old_mean, old_std, mean[:num_original].detach(), new_std))
+        more = {"rnd": rnd_loss, "symmetry": symmetry_loss, RULE_KL: rule_kl}
+        there = {name: x.detach().to(out.stacked.dtype) for name, x in more.items() if x is not None}
+        names = [*METRICS, *there]
+        return names, torch.cat([out.stacked, torch.stack([*there.values()])]) if there else out.stacked
 
-    def _rule_kl(self, out: PPOLossOutput, policies: tuple[Tensor, ...]) -> Tensor:
-        """What the rule of the learning rate is fed with. ``policies``: means and stds, old and new."""
+    def _rule_kl(self, policies: tuple[Tensor, ...]) -> Tensor | None:
+        """The KL for the rule of the learning rate, where that is not the loss's. ``policies``: means and stds, old and
+        new."""
         if self._kl_control.kl_before_5:
             return RslRlScheduleBefore5.kl(*policies).mean()
         if self._kl_control.adaptive and self.kl_direction == "new_old":
             return gaussian_kl(*policies, backend=self.backend).mean()
-        return out.kl
+        return None
 
     def _apply(self, run: Run) -> None:
         """One step, with the gradients that there are."""

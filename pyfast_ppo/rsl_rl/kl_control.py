@@ -73,15 +73,15 @@ class KLControl:
         if self.adaptive:
             self.rate.begin()
 
-    def before_step(self, run: Run, rule_kl: Tensor) -> None:
-        """The last mini-batch has this KL for the rule of the learning rate; its step is still to be taken."""
+    def before_step(self, run: Run) -> None:
+        """The last mini-batch has its metrics; its step is still to be taken."""
         stopped_before = run.stopped
         if self._early_stop is not None:
             (kl,) = run.last_kls(1)
             run.stopped = self._early_stop.update(mean_over_ranks(kl, self._world_size), run.stopped)
             run.skipped.append(run.stopped)
         if self.adaptive:
-            rule_kl = mean_over_ranks(rule_kl, self._world_size)
+            rule_kl = mean_over_ranks(run.last_rule_kl(), self._world_size)
             run.rule_kls.append(rule_kl)
             if not self._once_per_update:
                 may_rise = len(run.metrics) > 1 or self._adapt_before_first_step

@@ -7,6 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+RULE_KL = "rule_kl"
+"""The KL that the rule of the learning rate is fed with, among the names of a row, where that is not the loss's."""
+
+# what loss_dict calls them, in its order
+_LOGGED = {"value_loss": "value", **{name: name for name in ("surrogate", "entropy", "rnd", "symmetry")}}
+_LOGGED |= {name: name for name in ("kl", "clip_fraction", "approx_kl")}
+
 
 class Run:
     """What one update collects: tensors on the device, in the order of the mini-batches."""
@@ -24,9 +31,14 @@ class Run:
         self.lost: list[Tensor] = []  # steps whose gradients were not finite
 
     def add(self, names: list[str], metrics: Tensor) -> None:
-        """The metrics of a mini-batch, [number of names]; "kl" is one of the names, which are the same each time."""
+        """The metrics of a mini-batch, [number of names]: ``reference.METRICS`` and more, the same each time."""
         self._names = names
         self.metrics.append(metrics)
+
+    def last_rule_kl(self) -> Tensor:
+        """The KL for the rule of the learning rate at the last mini-batch. 0-dim."""
+        name = RULE_KL if RULE_KL in self._names else "kl"
+        return self.metrics[-1][self._names.index(name)]
 
     def last_kls(self, count: int) -> list[Tensor]:
         """The KL at each of the last mini-batches. 0-dim each."""
@@ -53,4 +65,6 @@ class Run:
         if self.last_rate is not None:
             extra["learning_rate"] = self.last_rate
         values = torch.cat([metrics.mean(0), torch.stack([t.double() for t in extra.values()])]).tolist()
-        return dict(zip([*self._names, *extra], values, strict=True))
+        found = dict(zip([*self._names, *extra], values, strict=True))
+        means = {key: found[name] for name, key in _LOGGED.items() if name in found}
+        return means | {name: found[name] for name in extra}

@@ -91,10 +91,7 @@ class DeviceRate:
     def set(self, rate: Tensor) -> None:
         """For the next steps, in all groups."""
         self._value = rate
-        as_tensor = rate.float() if rate.is_cuda else rate  # the GPU's fused step reads a float32
-        in_groups = as_tensor if self.on_device else rate.item()
-        for group in self._optimizer.param_groups:
-            group["lr"] = in_groups
+        self._put_into_groups(rate if self.on_device else rate.item())
 
     def begin_steps(self) -> None:
         """An update begins: what the optimizer is made of may have changed since the last one."""
@@ -118,6 +115,8 @@ class DeviceRate:
         if self.can_skip:
             self._optimizer.grad_scale = None
             self._optimizer.found_inf = None if skip is None else skip.float()
+        if self.on_device and self._value is not None and self._value.is_cuda:
+            self._put_into_groups(self._value.float())  # which torch's steps on a GPU read
         if self.can_skip or skip is None or not skip.item():  # some have to be asked on the host
             self._optimizer.step()
         return lost
@@ -132,9 +131,12 @@ class DeviceRate:
         if rate is None:
             rate = (self._initial if self._value is None else self._value).item()
         self._value = None
+        self._put_into_groups(rate)
+        return rate
+
+    def _put_into_groups(self, rate: float | Tensor) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        return rate
 
 
 def _with_gradients(module: nn.Module) -> list[nn.Parameter]:

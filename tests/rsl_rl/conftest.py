@@ -19,6 +19,8 @@ from rsl_rl.runners import OnPolicyRunner
 from tensordict import TensorDict
 from torch import Tensor
 
+from pyfast_ppo.rsl_rl import FusedPPO
+
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 
 
@@ -221,7 +223,7 @@ def start_run(
     run = Run(OnPolicyRunner(env, make_config(algorithm, **config), log_dir, device))
     if nudge is not None:
         _nudge(run.alg, nudge)
-    run.alg.optimizer.register_step_pre_hook(lambda optimizer, *_: run.rates.append(rate_of(optimizer)))
+    _record_rates(run)
     update = run.alg.update
 
     def recorded_update() -> dict[str, float]:
@@ -236,6 +238,16 @@ def rate_of(optimizer: torch.optim.Optimizer) -> float | Tensor:
     """Its present learning rate; a tensor may hold another one later."""
     rate = optimizer.param_groups[0]["lr"]
     return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def _record_rates(run: Run) -> None:
+    """Of each step; a hook on the optimizer of FusedPPO would leave its steps to torch."""
+    alg = run.alg
+    if not isinstance(alg, FusedPPO) or alg._stock_reason is not None:
+        alg.optimizer.register_step_pre_hook(lambda optimizer, *_: run.rates.append(rate_of(optimizer)))
+        return
+    apply = alg._apply
+    alg._apply = lambda update: (run.rates.append(rate_of(alg.optimizer)), apply(update))
 
 
 def _nudge(alg: PPO, seed: int) -> None:

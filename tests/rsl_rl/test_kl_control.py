@@ -24,17 +24,20 @@ def number(x: float) -> torch.Tensor:
 # --- diagnostics ------------------------------------------------------------------------------------------------------
 
 
+def rule_kls_of(run) -> list[torch.Tensor]:
+    """Filled while it learns: what the rule of the learning rate is fed with at each mini-batch."""
+    kls: list[torch.Tensor] = []
+    before_step = run.alg._kl_control.before_step
+    run.alg._kl_control.before_step = lambda update: (kls.append(update.last_rule_kl()), before_step(update))
+    return kls
+
+
 def test_diagnostics_of_an_update(new_run: Callable) -> None:
     """Of the KLs and rates that the update went through, seen from outside."""
     run = new_run(FUSED, args={**SPLIT, "schedule": "adaptive", "desired_kl": 0.01, "learning_rate": 3e-3})
-    kls = []
-    before_step = run.alg._kl_control.before_step
-    run.alg._kl_control.before_step = lambda update, kl: (
-        kls.append(float(kl)),
-        before_step(update, kl),
-    )
+    kls = rule_kls_of(run)
     run.learn(1)
-    losses = run.losses[0]
+    kls, losses = [float(kl) for kl in kls], run.losses[0]
     assert len(kls) == STEPS
     assert losses["first_kl"] == kls[0] < 1e-10
     assert losses["max_kl"] == max(kls)
@@ -88,12 +91,7 @@ def test_the_proportional_rule_acts_once_per_update(new_run: Callable) -> None:
     """On the mean KL of the last epoch; within an update the rate stays."""
     args = {**SPLIT, "schedule": "adaptive", "desired_kl": 0.01, "learning_rate": 1e-3, "kl_rule": "proportional"}
     run = new_run(FUSED, args=args)
-    kls = []
-    before_step = run.alg._kl_control.before_step
-    run.alg._kl_control.before_step = lambda update, kl: (
-        kls.append(kl),
-        before_step(update, kl),
-    )
+    kls = rule_kls_of(run)
     run.learn(2)
     first, second = run.rates[:STEPS], run.rates[STEPS:]
     assert {float(rate) for rate in first} == {1e-3}
@@ -157,12 +155,7 @@ def test_the_penalty_follows_the_kl(new_run: Callable) -> None:
     """Doubled or halved after each update by the mean KL of its last epoch, and in loss_dict."""
     args = {**SPLIT, "schedule": "fixed", "learning_rate": 3e-3, "kl_coef": 0.5, "kl_target": 1e-4}
     run = new_run(FUSED, args=args)
-    kls = []
-    before_step = run.alg._kl_control.before_step
-    run.alg._kl_control.before_step = lambda update, kl: (
-        kls.append(kl),
-        before_step(update, kl),
-    )
+    kls = rule_kls_of(run)
     run.learn(3)
     coef, rule = torch.tensor(0.5), AdaptivePenalty(1e-4)
     for i, losses in enumerate(run.losses):

@@ -1,0 +1,49 @@
+"""The adaptive learning rate of rsl_rl, on every backend, against the lines of rsl_rl's update."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from pyfast_ppo.ops.learning_rate import adapted_rate
+
+DESIRED = 0.01
+RULE = {"desired_kl": DESIRED, "min_rate": 1e-5, "max_rate": 1e-2, "factor": 1.5}
+KLS = [0.0, -1e-9, 1e-15, 1e-9, DESIRED / 2, DESIRED, 2 * DESIRED, 1.0, math.nan, math.inf, -math.inf]
+BESIDE = [math.nextafter(x, side) for x in (DESIRED / 2, 2 * DESIRED) for side in (0.0, 1.0)]
+RATES = [1e-3, 1e-5, 1.2e-5, 1e-2, 9e-3, 1e-6, 0.5]
+
+
+def rsl_rl(kl: torch.Tensor, rate: float, rise_above: float, lost: bool) -> float:
+    """Floats on the host, the KL compared as torch compares it."""
+    following = rate
+    if kl > DESIRED * 2.0:
+        following = max(1e-5, rate / 1.5)
+    elif kl < DESIRED / 2.0 and kl > rise_above:
+        following = min(1e-2, rate * 1.5)
+    return min(following, max(1e-5, rate / 1.5)) if lost else following
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rise_above", [-math.inf, 0.0, 1e-12, math.inf])
+def test_as_rsl_rl(backend: str, device: str, dtype: torch.dtype, rise_above: float) -> None:
+    for value, rate, lost in itertools.product([*KLS, *BESIDE], RATES, [None, False, True]):
+        kl, present = torch.tensor(value, dtype=dtype), torch.tensor(rate, dtype=torch.float64, device=device)
+        flag = None if lost is None else torch.tensor(lost, device=device)
+        found = adapted_rate(kl.to(device), present, **RULE, rise_above=rise_above, lost=flag, backend=backend)
+        assert found.dtype == torch.float64
+        assert found.shape == ()
+        assert float(found) == rsl_rl(kl, rate, rise_above, bool(lost)), (value, rate, lost)
+        assert float(present) == rate
+
+
+def test_compiles_without_a_break(backend: str, device: str) -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def following(kl: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+        return adapted_rate(kl, rate, **RULE)
+
+    rate = torch.tensor(1e-3, dtype=torch.float64, device=device)
+    assert float(following(torch.tensor(1.0, device=device), rate)) == 1e-3 / 1.5
