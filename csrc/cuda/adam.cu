@@ -69,11 +69,9 @@ __device__ __forceinline__ void store(const float (&x)[kPerThread], float* data,
   }
 }
 
-// In every thread of the block.
-__device__ __forceinline__ double block_sum(double x) {
-  __shared__ double warp_sums[kWarps];
+// In every thread of the block. Each sum has memory of its own: no barrier is needed before it is written.
+__device__ __forceinline__ double block_sum(double x, double (&warp_sums)[kWarps]) {
   x = warp_sum(x);
-  __syncthreads();  // after what the sum before was made of has been read
   if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = x;
   __syncthreads();
   double sum = 0.0;
@@ -88,6 +86,7 @@ __device__ __forceinline__ double block_sum(double x) {
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads)
     adam_norms_kernel(const __grid_constant__ AdamArgs args, double* partials, Decision* decision, unsigned* counter) {
+  __shared__ double sums_of_chunk[kWarps], sums_of_module[kMaxAdamModules][kWarps];
   const int chunk = static_cast<int>(blockIdx.x);
   const Place place(args.tensors[tensor_of_chunk(args, chunk)], chunk);
   float gradient[kPerThread];
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
   float squares = 0.0f;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) squares += gradient[e] * gradient[e];
-  const double sum = block_sum(squares);
+  const double sum = block_sum(squares, sums_of_chunk);
   if (threadIdx.x == 0) partials[chunk] = sum;
   if (!is_last_block(counter)) return;
 
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = first_chunk_of_module(args, module) + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
       of_module += __ldcg(partials + i);  // past the L1 cache, which does not see what other processors wrote
     }
-    const float norm = static_cast<float>(std::sqrt(block_sum(of_module)));
+    const float norm = static_cast<float>(std::sqrt(block_sum(of_module, sums_of_module[module])));
     finite = finite && norm - norm == 0.0f;
     if (threadIdx.x == 0) decision->clip[module] = clip_factor(norm, args.max_norm);
   }

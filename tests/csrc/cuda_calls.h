@@ -7,9 +7,11 @@
 #include <vector>
 
 #include "cpu/gaussian.h"
+#include "cuda/adam.h"
 #include "cuda/gae.h"
 #include "cuda/gaussian.h"
 #include "cuda/ppo_loss.h"
+#include "cuda/schedule.h"
 
 namespace pyfast_ppo {
 
@@ -26,6 +28,15 @@ inline void ppo_loss(const PpoLossArgs& args, bool use_double, int threads) {
   if (!index.empty()) std::reverse(index.begin(), index.begin() + args.num_original);
   const cuda::Gather gather{index.empty() ? nullptr : index.data(), args.num_rows};
   cuda::ppo_loss(args, gather, use_double, {partials.data(), &counter}, kStream);
+  if (counter != 0) std::abort();
+}
+
+inline void adam_step(const AdamArgs& args, int) {
+  int64_t elements = 0;
+  for (int i = 0; i < args.num_tensors; ++i) elements += args.tensors[i].count;
+  std::vector<double> partials(static_cast<size_t>(cuda::adam_partials(elements, args.num_tensors)));
+  unsigned counter = 0;
+  cuda::adam_step(args, {partials.data(), &counter}, kStream);
   if (counter != 0) std::abort();
 }
 

@@ -16,10 +16,12 @@
 #if defined(PYFAST_PPO_EMULATED_CUDA)
 #include "cuda_calls.h"
 #else
+#include "cpu/adam.h"
 #include "cpu/elu.h"
 #include "cpu/gae.h"
 #include "cpu/gaussian.h"
 #include "cpu/ppo_loss.h"
+#include "schedule.h"
 #endif
 
 namespace {
@@ -50,7 +52,7 @@ class Buffers {
   Buffers& operator=(const Buffers&) = delete;
 
   ~Buffers() {
-    for (const Buffer& b : buffers_) std::free(b.data);
+    for (const Buffer& b : buffers_) std::free(b.memory);
   }
 
   // An input [rows, cols]; allow_shared: perhaps one row for all.
@@ -98,9 +100,18 @@ class Buffers {
     char* data = allocate(name, count, bytes);
     if (!is_short(name)) {
       std::memset(data, kUnwritten, static_cast<size_t>(count * bytes));
-      outputs_.push_back({name, data, count, bytes});
+      outputs_.push_back({name, data, count, bytes, nullptr});
     }
     return {data, dtype};
+  }
+
+  // Contiguous float32 that is read and changed.
+  float* changed(const char* name, int64_t count, bool positive) {
+    char* data = allocate(name, count, 4);
+    const int64_t readable = is_short(name) ? count - 1 : count;
+    for (int64_t i = 0; i < readable; ++i) store(data, DType::kFloat32, i, value(positive));
+    if (!is_short(name)) outputs_.push_back({name, data, count, 4, nullptr});
+    return reinterpret_cast<float*>(data);
   }
 
   DType gradient_dtype() {
@@ -139,6 +150,7 @@ class Buffers {
     char* data;
     int64_t count;
     int bytes;
+    char* memory;  // what was allocated
   };
 
   static bool is_std(const char* name) { return std::strstr(name, "std") != nullptr; }
@@ -147,8 +159,10 @@ class Buffers {
   char* allocate(const char* name, int64_t count, int bytes) {
     if (plan_.names != nullptr) plan_.names->push_back(name);
     const int64_t size = (is_short(name) ? count - 1 : count) * bytes;
-    char* data = static_cast<char*>(std::malloc(static_cast<size_t>(size)));
-    buffers_.push_back({name, data, count, bytes});
+    // of no bytes at all the sanitizer would make one
+    char* memory = static_cast<char*>(std::malloc(static_cast<size_t>(size > 0 ? size : 8)));
+    char* data = size > 0 ? memory : memory + 8;
+    buffers_.push_back({name, data, count, bytes, memory});
     return data;
   }
 
@@ -308,6 +322,51 @@ bool run_kl(Plan& plan, const Sizes& n) {
   return b.all_written();
 }
 
+bool run_adam(Plan& plan, const Sizes& n) {
+  Buffers b(plan);
+  AdamArgs args;
+  args.rule = {0.9, 0.999, 1e-8, plan.chance(0.5) ? 0.1 : 0.0, plan.chance(0.5)};
+  args.max_norm = 1.0f, args.skip_nonfinite = plan.chance(0.7);
+  args.rate = {b.changed("rate", 1, true), DType::kFloat32, 0.0};
+  args.skip = nullptr;
+  if (!plan.any_layout || plan.chance(0.5)) args.skip = static_cast<const uint8_t*>(b.flags("skip", 1, 1).data);
+  args.lost = static_cast<uint8_t*>(b.output("lost", 1, DType::kUInt8).data);
+  const int64_t counts[] = {n.rows * n.cols, n.cols, 1, n.rows};
+  const bool skipped = args.skip != nullptr && !plan.any_layout;  // then the elements are not looked at
+  if (skipped && plan.short_buffer != "skip") args.skip = nullptr;
+  args.num_tensors = 4, args.num_modules = 2;
+  for (int i = 0; i < args.num_tensors; ++i) {
+    float* const step = b.changed("step", 1, true);
+    if (plan.short_buffer != "step") *step = static_cast<float>(plan.pick(0, 1000));
+    args.tensors[i] = {b.changed("parameter", counts[i], false),
+                       b.changed("gradient", counts[i], false),
+                       b.changed("exp_avg", counts[i], false),
+                       b.changed("exp_avg_sq", counts[i], true),
+                       step,
+                       counts[i],
+                       i / 2,
+                       0};
+  }
+  adam_step(args, n.threads);
+  return b.all_written();
+}
+
+bool run_rate(Plan& plan, const Sizes&) {
+  Buffers b(plan);
+  RateArgs args;
+  args.rule = {0.01, 1e-5, 1e-2, 1.5, 0.0};
+  args.kl = {b.changed("kl", 1, true), DType::kFloat32, 0.0};
+  args.rate = {b.changed("rate", 1, true), DType::kFloat32, 0.0};
+  args.lost = static_cast<const uint8_t*>(b.flags("lost", 1, 1).data);
+  args.next = static_cast<double*>(b.output("next", 1, DType::kFloat64).data);
+#if defined(PYFAST_PPO_EMULATED_CUDA)
+  cuda::adapt_rate(args, kStream);
+#else
+  adapt_rate(args);
+#endif
+  return b.all_written();
+}
+
 #if !defined(PYFAST_PPO_EMULATED_CUDA)
 bool run_elu(Plan& plan, const Sizes& n) {
   Buffers b(plan);
@@ -333,8 +392,8 @@ constexpr Kernel kKernels[] = {
 #if !defined(PYFAST_PPO_EMULATED_CUDA)
     {"elu", run_elu},
 #endif
-    {"ppo_loss", run_ppo_loss}, {"gae", run_gae},         {"log_prob", run_log_prob},
-    {"kl_loss", run_kl_loss},   {"entropy", run_entropy}, {"kl", run_kl}};
+    {"ppo_loss", run_ppo_loss}, {"gae", run_gae}, {"log_prob", run_log_prob}, {"kl_loss", run_kl_loss},
+    {"entropy", run_entropy},   {"kl", run_kl},   {"adam", run_adam},         {"rate", run_rate}};
 
 // Small ones, the borders of tiles and chunks, and rows longer than a tile.
 Sizes random_sizes(Plan& plan, int max_threads) {
