@@ -51,6 +51,7 @@ class Kernel:
         self._body = text[header.end() : _end_of_block(text, header.end())]
         self.parameters = _parameters(header[2])
         self._registers = {name: i for i, name in enumerate(SPECIAL)}
+        self._plainly_named = set(re.findall(r"\.reg\s+\.\w+\s+(\w+)\s*;", self._body))  # those without a %
         self._constants: dict[int, int] = {}
         self._shared, self.static_shared = _shared_variables(text[: entries[self.name].start()] + self._body)
 
@@ -139,7 +140,7 @@ class Kernel:
             return -1
         if text in ALWAYS_ZERO:
             return self._constant(0)
-        if text.startswith("%"):
+        if text.startswith("%") or text in self._plainly_named:
             return self._register(text)
         if text in self.parameters:
             return self._constant(self.parameters[text].offset)

@@ -59,6 +59,12 @@ def test_integers(machine: ModuleType) -> None:
     )
 
 
+def test_a_register_that_a_block_declares(machine: ModuleType) -> None:
+    """Without a %, as CUDA 12.9 writes it where it wants the upper half of a number."""
+    body = "mov.u32 %r, 0x00070003;\n{ .reg .b16 tmp; mov.b32 {tmp, %h}, %r; }\ncvt.u32.u16 %x, %h;"
+    assert (run(machine, body + WRITE_OUT) == 7).all()
+
+
 def test_floats(machine: ModuleType) -> None:
     third = torch.tensor(1 / 3).item()
     product = torch.tensor(third, dtype=torch.float64).square().float().item()
