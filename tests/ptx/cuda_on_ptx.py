@@ -69,11 +69,16 @@ class CudaOnPtx:
         seed: Of the order in which warps and blocks take turns.
         launches: In order: (name, PTX kernel, counts of the run).
         change: Applied to each PTX kernel before it runs.
+
+    Args:
+        machine: The module made of ``machine.cpp``.
+        capability: What nvcc compiles for.
+        ptx: A folder with what another compiler made of the sources: ``gae.ptx`` for ``gae.cu``.
     """
 
-    def __init__(self, machine: ModuleType, capability: int = 90) -> None:
+    def __init__(self, machine: ModuleType, capability: int = 90, ptx: Path | None = None) -> None:
         nvcc = shutil.which("nvcc")
-        assert nvcc is not None
+        assert nvcc is not None or ptx is not None
         self.seed = 0
         self.launches: list[tuple[str, Kernel, Any]] = []
         self.change = lambda kernel: kernel
@@ -81,8 +86,9 @@ class CudaOnPtx:
         emulated = cuda_on_cpu.install()
         self._names = _functions(emulated)
         self._kernels = {}
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
-            text = compiled(source, nvcc, capability)
+        sources = sorted((CSRC / "cuda").glob("*.cu"))
+        texts = [path.read_text() for path in sorted(ptx.glob("*.ptx"))] if ptx else []
+        for text in texts or [compiled(source, nvcc, capability) for source in sources]:
             for name in re.findall(r"\.entry\s+(\w+)", text):
                 self._kernels[plain(name)] = Kernel(machine, text, name)
         emulated.launch_with(self._run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -208,6 +209,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backend", choices=["triton", "cuda"])
     parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--ptx", type=Path, help="run what is in this folder, not what nvcc makes of csrc/cuda")
+    parser.add_argument("--cases", type=re.compile, help="only those whose names begin so, with all barriers in place")
     args = parser.parse_args()
     torch.use_deterministic_algorithms(True)  # torch.empty gives NaN: what a kernel leaves out shows
     machine = load_machine()
@@ -218,12 +221,16 @@ def main() -> None:
     else:
         from cuda_on_ptx import CudaOnPtx
 
-        launcher = CudaOnPtx(machine, args.capability)
+        launcher = CudaOnPtx(machine, args.capability, args.ptx)
     found: dict[str, Any] = {"cases": {}}
     with launcher:
         for name, case in cases():
+            if args.cases and not args.cases.match(name):
+                continue
             found["cases"][name] = judged(launcher, args.backend, case)
             print(name, found["cases"][name], file=sys.stderr, flush=True)
+        if args.cases:
+            return json.dump(found, sys.stdout)
         returns(1, 1)(args.backend)  # NaN, but it runs: a size of 1 is a constant to Triton's JIT
         found["without_barriers"] = {
             "loss": without_barriers(launcher, args.backend, loss(700, 12, fault=True), "ppo_loss_kernel"),
