@@ -11,9 +11,11 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, NoReturn
@@ -60,7 +62,7 @@ class Packages(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
-def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Packages:
+def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packages]:
     """What pip has of a CUDA 12; 25 MB for 12.0, 95 MB for 12.9."""
     folder = tmp_path_factory.mktemp("packages")
     names = [f"nvidia-cuda-{part}-cu12=={request.param}.*" for part in ("nvrtc", "runtime")]
@@ -69,7 +71,8 @@ def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         cannot_run(f"pip install {' '.join(names)} failed:\n{done.stdout[-4000:]}")
-    return Packages(request.param, folder)
+    yield Packages(request.param, folder)
+    shutil.rmtree(folder)  # pytest keeps the folders of three sessions, and these are large
 
 
 class DeviceCode(NamedTuple):
