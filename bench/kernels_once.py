@@ -9,6 +9,8 @@ import torch
 import pyfast_ppo
 from pyfast_ppo import backends, kl
 from pyfast_ppo.bench.stock import make_mini_batch
+from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step, has_adam
+from pyfast_ppo.ops.learning_rate import adapted_rate
 
 SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300), (5, 2000)]
 SECOND_TILES = [(530, 12), (227, 29), (454, 37)]  # rows of a multiprocessor, A: more tiles than it takes at a time
@@ -31,6 +33,26 @@ def run_losses(num_rows: int, num_actions: int, old_std_per_row: bool, backend: 
     return inputs
 
 
+def run_steps(backend: str) -> None:
+    """Adam with parameters of awkward sizes, aligned and not, taken and lost; the rule of the rate."""
+    shapes = [(1,), (1023,), (37, 300), (5,)]
+    for offset, value in ((0, 1.0), (1, 1.0), (0, torch.nan)):
+        rows = []
+        for i, shape in enumerate(shapes):
+            parameter = torch.nn.Parameter(torch.ones(shape).cuda())
+            memory = torch.full((parameter.numel() + offset,), value).cuda()
+            parameter.grad = memory[offset:].view(shape)
+            moments = [torch.ones(shape).cuda() for _ in range(2)]
+            rows.append(AdamRow(parameter, *moments, torch.tensor(3.0).cuda(), i // 2))
+        rate = torch.tensor(1e-3, dtype=torch.float64).cuda()
+        for decoupled in (False, True):
+            rule = AdamRule(0.9, 0.999, 1e-8, 0.1, decoupled)
+            options: dict[str, Any] = {"max_norm": 1.0, "skip_nonfinite": True, "backend": backend}
+            lost = adam_step(rows, rule, rate=rate, skip=torch.tensor(False).cuda(), **options)
+            limits = {"desired_kl": 0.01, "min_rate": 1e-5, "max_rate": 1e-2, "factor": 1.5}
+            rate = adapted_rate(torch.tensor(0.1).cuda(), rate, **limits, lost=lost, backend=backend)
+
+
 def run(backend: str) -> None:
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
     for rows_of_processor, num_actions in SECOND_TILES:
@@ -48,6 +70,8 @@ def run(backend: str) -> None:
         flags, rewards = (rewards > 1.0).cuda(), rewards.cuda()
         ends: dict[str, Any] = {"time_outs": flags, "final_values": rewards}
         pyfast_ppo.gae(rewards, rewards + 1.0, flags, rewards[0], 0.99, 0.95, **ends, normalize=True, backend=backend)
+    if has_adam(backend, torch.device("cuda")):
+        run_steps(backend)
     torch.cuda.synchronize()
 
 

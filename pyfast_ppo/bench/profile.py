@@ -24,6 +24,7 @@ from pyfast_ppo.bench.harness import Options, Timing, copy_of
 from pyfast_ppo.bench.operations import Operation, Recorder
 from pyfast_ppo.bench.sizes import SIZES, Size
 from pyfast_ppo.bench.synthetic import make_runner
+from pyfast_ppo.rsl_rl import FusedPPO
 
 BASELINE, OURS = update.BASELINE, update.OURS
 BETWEEN, WHOLE = "between operations", "iteration"
@@ -108,7 +109,7 @@ def _watched(runner: OnPolicyRunner, size: Size, device: str) -> list[Operation]
         finally:
             recorder.part = None
 
-    with recorder.recording(runner.alg.optimizer):
+    with recorder.recording(None if isinstance(runner.alg, FusedPPO) else runner.alg.optimizer):
         update.iterate(runner, around)
     return recorder.operations
 

@@ -100,7 +100,7 @@ def test_every_kernel(device_code: DeviceCode) -> None:
             if source.name == "launch.cu":  # its kernel does nothing
                 continue
             programs = re.findall(used, (folder / f"{source.stem}.log").read_text())
-            assert len(programs) >= 2
+            assert programs
             for kernel in written:
                 assert any(kernel in name for name, _, _ in programs), f"{kernel} for sm_{number}"
             for name, stack, registers in programs:

@@ -116,6 +116,8 @@ def test_wide_accesses(accesses: dict[str, Counter]) -> None:
         else:
             assert count["LDG 128"] == rollout + network, f"{name}: {count}"
             assert count["STG 128"] == network, f"{name}: {count}"
+    assert accesses["adam_kernel vector"]["LDG 128"] == accesses["adam_kernel vector"]["STG 128"] == 4
+    assert accesses["adam_norms_kernel vector"]["LDG 128"] == 1
     for name, count in accesses.items():
         assert not any(kind[:3] in ("LDL", "STL") for kind in count), f"{name} uses local memory: {count}"
 

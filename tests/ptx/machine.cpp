@@ -772,6 +772,10 @@ class Table {
     integer_conversions<uint32_t>("u32"), integer_conversions<int32_t>("s32");
     integer_conversions<uint64_t>("u64"), integer_conversions<int64_t>("s64");
     add("cvt.f64.f32", unary<double, float>([](float a) { return static_cast<double>(a); }));
+    // negative numbers become 0, what is too large the largest number, NaN 0
+    add("cvt.rzi.u32.f32", unary<uint32_t, float>([](float a) {
+          return a >= 4294967296.0f ? 0xffffffffu : (a > 0.0f ? static_cast<uint32_t>(a) : 0u);
+        }));
     add("cvt.rn.f32.f64", unary<float, double>([](double a) { return static_cast<float>(a); }));
     narrow<BFloat16>("bf16"), narrow<Float16>("f16");
   }

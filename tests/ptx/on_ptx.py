@@ -25,6 +25,8 @@ from ptx import load_machine
 from torch import Tensor
 
 from pyfast_ppo import gae, gaussian_entropy, gaussian_kl, gaussian_log_prob
+from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step
+from pyfast_ppo.ops.learning_rate import adapted_rate
 from pyfast_ppo.ops.ppo_loss import ppo_loss_and_grad
 
 Case = Callable[[str, bool], list[Tensor]]  # (backend, whether in float64) -> results
@@ -117,7 +119,64 @@ def gaussian(num_rows: int, num_actions: int, shared: bool) -> Case:
     return run
 
 
-def cases() -> Iterator[tuple[str, Case]]:
+def adam(shapes: list[tuple[int, ...]], rule: AdamRule, *, lost: bool = False) -> Case:
+    """Two modules, of which the first has all shapes but the last; in float64 by torch.
+
+    ``lost``: a gradient is NaN.
+    """
+    g = torch.Generator().manual_seed(len(shapes))
+    starts = [torch.randn(3, *shape, generator=g) for shape in shapes]  # parameter, gradient, exp_avg
+    squares = [torch.rand(shape, generator=g) for shape in shapes]
+    if lost:
+        starts[0].view(-1)[starts[0][0].numel()] = torch.nan
+    modules = [*[0] * (len(shapes) - 1), 1]
+
+    def run(backend: str, exact: bool = False) -> list[Tensor]:
+        kept = in_precision([t for start in starts for t in start], exact)
+        parameters = [torch.nn.Parameter(t.clone()) for t in kept[::3]]
+        averages = [t.clone() for t in kept[2::3]]
+        of_squares = [t.clone() for t in in_precision(squares, exact)]
+        steps = [torch.tensor(4.0) for _ in shapes]
+        for parameter, gradient in zip(parameters, kept[1::3], strict=True):
+            parameter.grad = gradient.clone()
+        state = zip(parameters, averages, of_squares, steps, modules, strict=True)
+        if not exact:
+            rate = torch.tensor(1e-2, dtype=torch.float64)
+            rows = [AdamRow(*row) for row in state]
+            adam_step(rows, rule, max_norm=1.0, rate=rate, skip=None, skip_nonfinite=True, backend=backend)
+        elif not lost:
+            kind = torch.optim.AdamW if rule.decoupled else torch.optim.Adam
+            options = {"betas": (rule.beta1, rule.beta2), "eps": rule.eps, "weight_decay": rule.weight_decay}
+            optimizer = kind(parameters, lr=1e-2, **options)
+            for parameter, average, of_square, step, _ in state:
+                optimizer.state[parameter] = {"step": step, "exp_avg": average, "exp_avg_sq": of_square}
+            for module in set(modules):
+                of = [p for p, i in zip(parameters, modules, strict=True) if i == module]
+                torch.nn.utils.clip_grad_norm_(of, 1.0)
+            optimizer.step()
+        return [t.detach() for t in (*parameters, *averages, *of_squares, *steps)]
+
+    return run
+
+
+def rate() -> Case:
+    kls, present = torch.tensor([0.1, 1e-3, 0.01, torch.nan]), torch.tensor([1e-3, 1e-5, 1e-2], dtype=torch.float64)
+    rule = {"desired_kl": 0.01, "min_rate": 1e-5, "max_rate": 1e-2, "factor": 1.5}
+
+    def run(backend: str, exact: bool = False) -> list[Tensor]:
+        flags = [None, torch.tensor(True), torch.tensor(False)]
+        return [adapted_rate(kl, lr, **rule, lost=f, backend=backend) for kl in kls for lr in present for f in flags]
+
+    return run
+
+
+def cases(backend: str) -> Iterator[tuple[str, Case]]:
+    if backend == "cuda":  # with Triton the steps are torch's
+        shapes = [(3, 700), (1024,), (1,), (5,)]
+        yield "adam", adam(shapes, AdamRule(0.9, 0.999, 1e-8, 0.1, False))
+        yield "adamw", adam([*shapes, (2, 2)], AdamRule(0.9, 0.99, 1e-6, 0.05, True))
+        yield "adam, lost", adam(shapes, AdamRule(0.9, 0.999, 1e-8, 0.0, False), lost=True)
+        yield "learning rate", rate()
     for a in (1, 2, 4, 12, 19, 23, 29, 37, 256):
         yield f"loss A={a}", loss(333 if a < 64 else 37, a)
     yield "loss N=1", loss(1, 12)
@@ -224,7 +283,7 @@ def main() -> None:
         launcher = CudaOnPtx(machine, args.capability, args.ptx)
     found: dict[str, Any] = {"cases": {}}
     with launcher:
-        for name, case in cases():
+        for name, case in cases(args.backend):
             if args.cases and not args.cases.match(name):
                 continue
             found["cases"][name] = judged(launcher, args.backend, case)
@@ -237,7 +296,10 @@ def main() -> None:
             "gae": without_barriers(launcher, args.backend, returns(40, 64), "gae_kernel"),
             "normalize": without_barriers(launcher, args.backend, returns(40, 64), "normalize_kernel"),
         }
-        if args.backend == "triton":
+        if args.backend == "cuda":
+            case = adam([(3, 700), (5,)], AdamRule(0.9, 0.999, 1e-8, 0.0, False))
+            found["without_barriers"]["adam"] = without_barriers(launcher, args.backend, case, "adam_norms_kernel")
+        else:
             found["compilations"] = compilations(launcher, args.backend)
     json.dump(found, sys.stdout)
 
