@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../math/elementary.h"
+#include "../math/elu.h"
 #include "isa.h"
 #include "parallel.h"
 

@@ -1,22 +1,10 @@
 // The kernels, once per instruction set (for_each_isa.h), on some rows.
 
-inline float elu(float x) {
-  // below -20, e^x - 1 rounds to -1; a NaN passes both comparisons by
-  const float bounded = x < static_cast<float>(-kMaxLogRatio) ? static_cast<float>(-kMaxLogRatio) : x;
-  const float negative = bounded > 0.0f ? 0.0f : bounded;
-  const ExpTerms<float> terms = exp_terms(negative);
-  // neither cancels where it is taken
-  const float expm1 = negative < -0.35f ? terms.exp - 1.0f : terms.expm1_minus_x + negative;
-  return x > 0.0f ? x : expm1;
-}
-
 inline void elu_rows(float* x, const float* bias, int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < cols; ++c) x[r * cols + c] = elu(x[r * cols + c] + bias[c]);
   }
 }
-
-inline float elu_gradient(float grad, float y) { return grad * (y > 0.0f ? 1.0f : y + 1.0f); }
 
 // grad: of y, then of x. Adds to sums, [cols].
 inline void elu_backward_row(float* __restrict grad, const float* __restrict y, float* __restrict sums, int64_t cols) {
