@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int e = 0; e < kPerThread; ++e) squares += gradient[e] * gradient[e];
   const double sum = block_sum(squares, sums_of_chunk);
   if (threadIdx.x == 0) partials[chunk] = sum;
-  if (!is_last_block(counter)) return;
+  if (!is_last_block(counter, gridDim.x)) return;
 
   bool finite = true;
   for (int module = 0; module < args.num_modules; ++module) {

@@ -593,7 +593,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocksPerProcessor
   }
   leave_sums(call, shared, sums);  // its barrier also stands between the writing of the columns and their reading
   if constexpr (kStd != Std::kPerRow) leave_columns(call, shared);
-  if (is_last_block(call.counter)) finish(call, shared, kStd != Std::kPerRow, kStd == Std::kPerRow);
+  if (is_last_block(call.counter, gridDim.x)) finish(call, shared, kStd != Std::kPerRow, kStd == Std::kPerRow);
 }
 
 // For rows that no tile holds: a block takes a row at a time and goes over it twice.
@@ -671,7 +671,7 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
     }
   }
   leave_sums(call, shared, sums);
-  if (is_last_block(call.counter)) finish(call, shared, shared_std, true);
+  if (is_last_block(call.counter, gridDim.x)) finish(call, shared, shared_std, true);
 }
 
 // --- kernel launcher -------------------------------------------------------------------------------------------------

@@ -39,12 +39,13 @@ __device__ __forceinline__ unsigned count_and_wrap(unsigned* counter, unsigned m
 #endif
 }
 
-// True in every thread of the block that comes here last of all blocks; it then sees what the others wrote before. The
-// counter is 0 before the launch and after it, so that a captured graph can be replayed.
-__device__ __forceinline__ bool is_last_block(unsigned* counter) {
+// True in every thread of the block that comes here last of the num_blocks blocks that share the counter; it then sees
+// what the others wrote before. The counter is 0 before the launch and after it, so that a captured graph can be
+// replayed.
+__device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned num_blocks) {
   __shared__ bool last;
   __syncthreads();  // after what every thread of this block has written
-  if (threadIdx.x == 0) last = count_and_wrap(counter, gridDim.x - 1) == gridDim.x - 1;
+  if (threadIdx.x == 0) last = count_and_wrap(counter, num_blocks - 1) == num_blocks - 1;
   __syncthreads();
   return last;
 }

@@ -17,6 +17,7 @@ DEVICE_TYPE = "cpu"
 COMPUTES_IN = (torch.float32, torch.float64)
 FOR_TESTS_ONLY = False
 GATHERS = False
+FUSES_HIDDEN_LAYERS = True
 
 _C, _REASON = _extension.load()
 

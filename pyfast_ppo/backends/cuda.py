@@ -19,6 +19,7 @@ DEVICE_TYPE = "cuda"
 COMPUTES_IN = (torch.float32, torch.float64)
 FOR_TESTS_ONLY = False
 GATHERS = True
+FUSES_HIDDEN_LAYERS = True
 
 _C, _REASON = _extension.load()
 _cuda: Any = getattr(_C, "cuda", None)
@@ -166,6 +167,33 @@ def adapt_rate(
     out: Tensor,  # float64
 ) -> None:
     _launch(_cuda.adapt_rate, out.device, rule, kl, rate, lost, out, _stream(out.device))
+
+
+def add_bias_and_elu(x: Tensor, bias: Tensor) -> Tensor:
+    """elu(x + bias), in the memory of x: [N, H], [H], contiguous float32."""
+    _launch(_cuda.add_bias_and_elu, x.device, tuple(x.shape), x, bias, _stream(x.device))
+    return x
+
+
+def add_bias_and_elu_backward(grad: Tensor, y: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """(grad_x, grad_bias), with y what ``add_bias_and_elu`` gave. Contiguous float32. ``in_place``: grad_x is grad."""
+    device, shape = y.device, tuple(y.shape)
+    grad_x, grad_bias = grad if in_place else torch.empty_like(y), y.new_empty(shape[1])
+    stream = _stream(device)
+    size, num_counters = _cuda.elu_partials(*shape), _cuda.elu_counters(shape[1])
+    scratch = _scratch.get(device, stream[1], size, torch.float32, True, num_counters)
+    _launch(
+        _cuda.add_bias_and_elu_backward,
+        device,
+        shape,
+        grad,
+        y,
+        grad_x,
+        grad_bias,
+        (scratch.partials, scratch.counter),
+        stream,
+    )
+    return grad_x, grad_bias
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:

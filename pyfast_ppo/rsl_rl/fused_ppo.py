@@ -177,7 +177,6 @@ class FusedPPO(PPO):
         if reshuffle and self._recurrent:
             raise ValueError("reshuffle needs feed-forward models: the mini-batches of recurrent ones are not drawn")
         self.backend = backend
-        self._on_cpu_kernels = selected.name == "cpu"
         self._piece_rows = _PIECE_BYTES // (4 * widest_layer(self._raw_actor, self._raw_critic)) or 1
         self.kl_coef = kl_coef
         self.kl_rule = kl_rule
@@ -536,7 +535,8 @@ class FusedPPO(PPO):
         compiled = self.actor is not self._raw_actor
         models = () if compiled else (self._raw_actor, self._raw_critic)
         whole = self._whole_mini_batches()  # asked before the models have other ways than their own
-        with observations_in_place(*models), fused_hidden_layers(*models if self._on_cpu_kernels else ()):
+        kernels = backends.select(self.backend, torch.device(self.device))
+        with observations_in_place(*models), fused_hidden_layers(kernels, *models):
             for pieces in self._mini_batches(whole):
                 self._step(pieces, run)
                 del pieces  # before the next is gathered

@@ -1,9 +1,10 @@
-"""rsl_rl's MLPs in an update: which hidden layers run fused on the CPU, and observations without a copy."""
+"""rsl_rl's MLPs in an update: which hidden layers run fused, and observations without a copy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 
 import torch
 import torch.nn as nn
@@ -15,16 +16,19 @@ from pyfast_ppo.ops.hidden_layers import hidden_layers
 
 
 @contextmanager
-def fused_hidden_layers(*models: nn.Module) -> Iterator[None]:
-    """The MLPs of these models run their pairs of a linear layer and an ELU fused, where nothing speaks against it."""
+def fused_hidden_layers(backend: ModuleType, *models: nn.Module) -> Iterator[None]:
+    """The MLPs of these models run their pairs of a linear layer and an ELU fused, where nothing speaks against it.
+
+    ``backend``: one of pyfast_ppo.backends, which may have nothing for it.
+    """
     with ExitStack() as stack:
-        for model in models:
+        for model in models if backend.FUSES_HIDDEN_LAYERS else ():
             mlp = getattr(model, "mlp", None)
             if not isinstance(mlp, MLP) or "forward" in vars(mlp) or type(mlp).forward is not MLP.forward:
                 continue  # it runs in its own way
-            steps = _steps(list(mlp))
+            steps = _steps(backend, list(mlp))
             if len(steps) < len(mlp):
-                _replace(stack, mlp, "forward", _forward_of(mlp, steps))
+                _replace(stack, mlp, "forward", _forward_of(backend, mlp, steps))
         yield
 
 
@@ -66,14 +70,14 @@ def _latent_of(model: MLPModel) -> Callable[..., Tensor]:
     return lambda obs, masks=None, hidden_state=None: normalizer(obs[group])
 
 
-def _steps(layers: list[nn.Module]) -> list[nn.Module | list[nn.Linear]]:
+def _steps(backend: ModuleType, layers: list[nn.Module]) -> list[nn.Module | list[nn.Linear]]:
     """The layers, those linear ones together whose pairs with the next can be fused one after the other."""
     steps: list[nn.Module | list[nn.Linear]] = []
     run: list[nn.Linear] = []
     remaining = iter([*layers, nn.Identity()])
     layer = next(remaining)
     for following in remaining:
-        if isinstance(layer, nn.Linear) and _is_fusible(layer, following):
+        if isinstance(layer, nn.Linear) and _is_fusible(backend, layer, following):
             if not run:
                 steps.append(run)
             run.append(layer)
@@ -84,13 +88,14 @@ def _steps(layers: list[nn.Module]) -> list[nn.Module | list[nn.Linear]]:
     return steps
 
 
-def _forward_of(mlp: MLP, steps: list[nn.Module | list[nn.Linear]]) -> Callable[[Tensor], Tensor]:
+def _forward_of(backend: ModuleType, mlp: MLP, steps: list[nn.Module | list[nn.Linear]]) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        if not _takes(x):
+        if x.dim() != 2 or x.shape[0] == 0 or not _takes(backend, x) or torch.is_autocast_enabled(x.device.type):
             return MLP.forward(mlp, x)
         for step in steps:
             if isinstance(step, list):
-                x = hidden_layers(x, *(parameter for layer in step for parameter in (layer.weight, layer.bias)))
+                parameters = (parameter for layer in step for parameter in (layer.weight, layer.bias))
+                x = hidden_layers(backend, x, *parameters)
             else:
                 x = step(x)
         return x
@@ -98,14 +103,14 @@ def _forward_of(mlp: MLP, steps: list[nn.Module | list[nn.Linear]]) -> Callable[
     return forward
 
 
-def _takes(x: Tensor) -> bool:
-    return x.dim() == 2 and x.shape[0] > 0 and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+def _takes(backend: ModuleType, t: Tensor) -> bool:
+    return t.device.type == backend.DEVICE_TYPE and t.dtype == torch.float32
 
 
-def _is_fusible(layer: nn.Module, activation: nn.Module) -> bool:
+def _is_fusible(backend: ModuleType, layer: nn.Module, activation: nn.Module) -> bool:
     if type(layer) is not nn.Linear or type(activation) is not nn.ELU or activation.alpha != 1.0:
         return False
-    if layer.bias is None or any(p.device.type != "cpu" or p.dtype != torch.float32 for p in layer.parameters()):
+    if layer.bias is None or not all(_takes(backend, parameter) for parameter in layer.parameters()):
         return False
     return not has_own_ways(layer) and not has_own_ways(activation)
 

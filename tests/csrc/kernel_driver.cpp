@@ -367,7 +367,6 @@ bool run_rate(Plan& plan, const Sizes&) {
   return b.all_written();
 }
 
-#if !defined(PYFAST_PPO_EMULATED_CUDA)
 bool run_elu(Plan& plan, const Sizes& n) {
   Buffers b(plan);
   const bool any_layout = plan.any_layout;
@@ -381,7 +380,6 @@ bool run_elu(Plan& plan, const Sizes& n) {
   plan.any_layout = any_layout;
   return b.all_written();
 }
-#endif
 
 struct Kernel {
   const char* name;
@@ -389,11 +387,9 @@ struct Kernel {
 };
 
 constexpr Kernel kKernels[] = {
-#if !defined(PYFAST_PPO_EMULATED_CUDA)
-    {"elu", run_elu},
-#endif
-    {"ppo_loss", run_ppo_loss}, {"gae", run_gae}, {"log_prob", run_log_prob}, {"kl_loss", run_kl_loss},
-    {"entropy", run_entropy},   {"kl", run_kl},   {"adam", run_adam},         {"rate", run_rate}};
+    {"elu", run_elu},         {"ppo_loss", run_ppo_loss}, {"gae", run_gae}, {"log_prob", run_log_prob},
+    {"kl_loss", run_kl_loss}, {"entropy", run_entropy},   {"kl", run_kl},   {"adam", run_adam},
+    {"rate", run_rate}};
 
 // Small ones, the borders of tiles and chunks, and rows longer than a tile.
 Sizes random_sizes(Plan& plan, int max_threads) {

@@ -53,9 +53,9 @@ def test_no_access_outside_of_the_buffers(checked: Path) -> None:
 def test_each_buffer_that_is_too_short_is_caught(checked: Path) -> None:
     """The test above can fail."""
     names = [line.split() for line in run(checked, "names").stdout.splitlines()]
-    kernels = {"adam", "rate", "ppo_loss", "gae", "log_prob", "kl_loss", "entropy", "kl"}
+    kernels = {"adam", "rate", "elu", "ppo_loss", "gae", "log_prob", "kl_loss", "entropy", "kl"}
     assert {kernel for kernel, _ in names} == kernels
-    assert len(names) >= 69
+    assert len(names) >= 74
     for kernel, buffer in names:
         done = run(checked, "short", kernel, buffer)
         assert done.returncode != 0, f"{kernel} does not touch the last element of {buffer}"
@@ -79,7 +79,7 @@ def test_the_order_of_threads_and_blocks_does_not_matter(plain: Path, result: st
 
 
 def test_all_barriers_are_known() -> None:
-    assert len(BARRIERS) >= 15
+    assert len(BARRIERS) >= 18
 
 
 @pytest.mark.parametrize("barrier", BARRIERS)

@@ -1,26 +1,47 @@
-"""The hidden layers of rsl_rl's MLPs, fused on the CPU: the numbers of torch's own, and when they are left alone."""
+"""The hidden layers of rsl_rl's MLPs, fused: the numbers of torch's own, and when they are left alone."""
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from rsl_rl.models import MLPModel
 from rsl_rl.modules import MLP
 from tensordict import TensorDict
 from torch import Tensor
 
-from pyfast_ppo.backends import cpu
+from pyfast_ppo import backends
 from pyfast_ppo.rsl_rl import mlp as mlp_file
 from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place
 
-pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="the C++ kernels are not here")
+sys.path.append(str(Path(__file__).parents[1] / "ops" / "oracles"))
+
+from backends_here import AVAILABLE
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
+FUSING = [row.name for row in AVAILABLE if backends._module(row.name).FUSES_HIDDEN_LAYERS]
+
+
+@pytest.fixture(params=FUSING)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    return "cuda" if backend == "cuda" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernels(backend: str, device: str) -> ModuleType:
+    return backends.select(backend, torch.device(device))
 
 
 @pytest.fixture
@@ -28,82 +49,32 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Rows, and the widths of the fused layers that they went through."""
     seen, fused = [], mlp_file.hidden_layers
 
-    def counted(x: Tensor, *parameters: Tensor) -> Tensor:
+    def counted(backend: ModuleType, x: Tensor, *parameters: Tensor) -> Tensor:
         seen.append((len(x), *(bias.numel() for bias in parameters[1::2])))
-        return fused(x, *parameters)
+        return fused(backend, x, *parameters)
 
     monkeypatch.setattr(mlp_file, "hidden_layers", counted)
     return seen
 
 
-def model_of(*layers: nn.Module | MLP) -> nn.Module:
+def model_of(mlp: MLP, device: str = "cpu") -> nn.Module:
     model = nn.Module()
-    model.mlp = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
-    return model
+    model.mlp = mlp
+    return model.to(device)
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (129, 16), (1000, 19), (257, 128), (2, 20000)])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_forward_and_backward_against_float64(shape: tuple[int, int], threads: int) -> None:
-    """Within 4e-7 of each value, and of each column's sum of magnitudes."""
-    torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(shape, generator=generator) * 4.0 for _ in range(2))
-    bias = torch.zeros(shape[1]) if shape[0] > 500 else torch.randn(shape[1], generator=generator)
-    exact = F.elu((x + bias).double())
-    y = cpu.add_bias_and_elu(x.clone(), bias)
-    assert ((y - exact).abs() <= 4e-7 * exact.abs()).all()
-    grad_x, grad_bias = cpu.add_bias_and_elu_backward(grad, y)
-    exact_grad = grad.double() * torch.where(y > 0.0, 1.0, y.double() + 1.0)
-    assert ((grad_x - exact_grad).abs() <= 1e-7 * grad.abs()).all()
-    assert ((grad_bias - exact_grad.sum(0)).abs() <= 4e-7 * exact_grad.abs().sum(0)).all()
-    in_place, same_bias = cpu.add_bias_and_elu_backward(grad, y, in_place=True)
-    assert in_place is grad
-    assert torch.equal(in_place, grad_x)
-    assert torch.equal(same_bias, grad_bias)
-
-
-def test_the_smallest_and_the_largest() -> None:
-    x = torch.tensor([[-torch.inf, -1e30, -100.0, -20.0, -1e-20, -0.0, 0.0, 1e-20, 1e30, torch.inf, torch.nan]])
-    y = cpu.add_bias_and_elu(x.clone(), torch.zeros(x.shape[1]))
-    assert torch.equal(y[:, :-1], F.elu(x)[:, :-1])
-    assert y[0, -1].isnan()
-    grad_x, _ = cpu.add_bias_and_elu_backward(torch.ones_like(y), y)
-    assert torch.equal(grad_x[0, 3:10], torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]))
-    assert grad_x[0, -1].isnan()
-
-
-def test_near_zero_nothing_cancels() -> None:
-    x = -torch.logspace(-10, 1.2, 4000).unsqueeze(0)
-    y = cpu.add_bias_and_elu(x.clone(), torch.zeros(x.shape[1]))
-    exact = torch.expm1(x.double())
-    assert ((y - exact) / exact).abs().max() < 4e-7
-
-
-def test_the_same_bits_for_any_number_of_threads() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(5000, 37, generator=generator) for _ in range(2))
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        y = cpu.add_bias_and_elu(x.clone(), torch.ones(37))
-        results.append((y, *cpu.add_bias_and_elu_backward(grad, y)))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_an_mlp_and_its_gradients(fused_calls: list) -> None:
+def test_an_mlp_and_its_gradients(kernels: ModuleType, device: str, fused_calls: list) -> None:
     """As autograd has them in float64; the input's, too."""
     torch.manual_seed(0)
-    model = model_of(MLP(6, 3, [32, 16, 8]))
-    exact_model = model_of(MLP(6, 3, [32, 16, 8]).double())
+    model = model_of(MLP(6, 3, [32, 16, 8]), device)
+    exact_model = model_of(MLP(6, 3, [32, 16, 8]).double(), device)
     exact_model.mlp.load_state_dict(model.mlp.state_dict())
-    x = torch.randn(50, 6, requires_grad=True)
+    x = torch.randn(50, 6, device=device, requires_grad=True)
     exact_x = x.detach().double().requires_grad_()
-    with fused_hidden_layers(model, exact_model):
+    with fused_hidden_layers(kernels, model, exact_model):
         model.mlp(x).square().sum().backward()
         exact_model.mlp(exact_x).square().sum().backward()
     assert fused_calls == [(50, 32, 16, 8)]
@@ -112,16 +83,16 @@ def test_an_mlp_and_its_gradients(fused_calls: list) -> None:
         assert (ours.grad - exact.grad).abs().max() < 2e-6 * exact.grad.abs().max()
 
 
-def test_other_layers_in_between(fused_calls: list) -> None:
+def test_other_layers_in_between(kernels: ModuleType, device: str, fused_calls: list) -> None:
     """Two runs of fused layers with one of another kind between them; the gradient that comes in stays as it was."""
     torch.manual_seed(0)
     mlp = MLP(6, 3, [32, 16, 8, 8])
     mlp[3] = nn.Tanh()
-    model, x = model_of(mlp), torch.randn(50, 6)
-    with fused_hidden_layers(model):
+    model, x = model_of(mlp, device), torch.randn(50, 6, device=device)
+    with fused_hidden_layers(kernels, model):
         out = mlp(x)
     assert fused_calls == [(50, 32), (50, 8, 8)]
-    grad = torch.randn(50, 3)
+    grad = torch.randn(50, 3, device=device)
     before = grad.clone()
     ours = torch.autograd.grad(out, list(mlp.parameters()), grad)
     assert torch.equal(grad, before)
@@ -129,33 +100,33 @@ def test_other_layers_in_between(fused_calls: list) -> None:
         torch.testing.assert_close(fused, plain)
 
 
-def test_a_hidden_layers_gradient_is_left_alone() -> None:
+def test_a_hidden_layers_gradient_is_left_alone(kernels: ModuleType, device: str) -> None:
     """The output of the fused layers is used twice: autograd's own tensor comes in."""
-    model = model_of(MLP(4, 8, [8], last_activation="elu"))
-    x = torch.randn(5, 4)
-    with fused_hidden_layers(model):
+    model = model_of(MLP(4, 8, [8], last_activation="elu"), device)
+    x = torch.randn(5, 4, device=device)
+    with fused_hidden_layers(kernels, model):
         out = model.mlp(x)
-    grad = torch.randn(5, 8)
+    grad = torch.randn(5, 8, device=device)
     before = grad.clone()
     out.backward(grad)
     assert torch.equal(grad, before)
 
 
-def test_frozen_weights_and_gradients_that_are_not_contiguous() -> None:
-    model = model_of(MLP(4, 2, [8]))
+def test_frozen_weights_and_gradients_that_are_not_contiguous(kernels: ModuleType, device: str) -> None:
+    model = model_of(MLP(4, 2, [8]), device)
     for parameter in model.mlp.parameters():
         parameter.requires_grad_(False)
-    x = torch.randn(5, 4, requires_grad=True)
-    with fused_hidden_layers(model):
+    x = torch.randn(5, 4, device=device, requires_grad=True)
+    with fused_hidden_layers(kernels, model):
         model.mlp(x).t().sum().backward()
     ours, x.grad = x.grad, None
     model.mlp(x).t().sum().backward()
     torch.testing.assert_close(ours, x.grad)
 
 
-def test_a_second_derivative_is_refused() -> None:
-    model, x = model_of(MLP(4, 2, [8])), torch.randn(5, 4, requires_grad=True)
-    with fused_hidden_layers(model):
+def test_a_second_derivative_is_refused(kernels: ModuleType, device: str) -> None:
+    model, x = model_of(MLP(4, 2, [8]), device), torch.randn(5, 4, device=device, requires_grad=True)
+    with fused_hidden_layers(kernels, model):
         (grad,) = torch.autograd.grad(model.mlp(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.square().sum().backward()
@@ -180,6 +151,7 @@ LEFT_ALONE = {
     "alpha": nn.Sequential(nn.Linear(4, 8), nn.ELU(0.5)),
     "no bias": nn.Sequential(nn.Linear(4, 8, bias=False), nn.ELU()),
     "float64": nn.Sequential(nn.Linear(4, 8).double(), nn.ELU()),
+    "another device": nn.Sequential(nn.Linear(4, 8, device="meta"), nn.ELU()),
     "own layer": nn.Sequential(OwnLinear(4, 8), nn.ELU()),
     "hook of the layer": nn.Sequential(with_hook(nn.Linear(4, 8)), nn.ELU()),
     "hook of the activation": nn.Sequential(nn.Linear(4, 8), with_hook(nn.ELU())),
@@ -187,14 +159,15 @@ LEFT_ALONE = {
 
 
 @pytest.mark.parametrize("mlp", LEFT_ALONE.values(), ids=LEFT_ALONE)
-def test_other_layers_are_left_alone(mlp: nn.Module) -> None:
-    assert not any(mlp_file._is_fusible(*pair) for pair in pairwise(mlp))
+def test_other_layers_are_left_alone(mlp: nn.Module, kernels: ModuleType, device: str) -> None:
+    on_device = mlp if next(mlp.parameters()).is_meta else copy.deepcopy(mlp).to(device)
+    assert not any(mlp_file._is_fusible(kernels, *pair) for pair in pairwise(on_device))
 
 
-def test_only_within_the_context(fused_calls: list) -> None:
-    model = model_of(MLP(4, 2, [8]))
-    x = torch.randn(5, 4)
-    with pytest.raises(KeyError), fused_hidden_layers(model):
+def test_only_within_the_context(kernels: ModuleType, device: str, fused_calls: list) -> None:
+    model = model_of(MLP(4, 2, [8]), device)
+    x = torch.randn(5, 4, device=device)
+    with pytest.raises(KeyError), fused_hidden_layers(kernels, model):
         model.mlp(x)
         raise KeyError
     assert len(fused_calls) == 1
@@ -203,25 +176,38 @@ def test_only_within_the_context(fused_calls: list) -> None:
     assert "forward" not in vars(model.mlp)
 
 
-def test_an_mlp_that_runs_in_its_own_way(fused_calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_has_nothing_for_it(fused_calls: list) -> None:
+    model, x = model_of(MLP(4, 2, [8])), torch.randn(5, 4)
+    with fused_hidden_layers(backends.select("eager", x.device), model):
+        assert "forward" not in vars(model.mlp)
+        assert model.mlp(x).shape == (5, 2)
+    assert fused_calls == []
+
+
+def test_an_mlp_that_runs_in_its_own_way(
+    kernels: ModuleType, fused_calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_of(MLP(4, 2, [8]))
     own = torch.ones(5, 2)
     monkeypatch.setattr(model.mlp, "forward", lambda x: own)
-    with fused_hidden_layers(model):
+    with fused_hidden_layers(kernels, model):
         assert model.mlp(torch.randn(5, 4)) is own
     assert model.mlp(torch.randn(5, 4)) is own
 
 
-def test_other_inputs_take_the_layers_own_way(fused_calls: list) -> None:
-    """Sequences, mixed precision, nothing at all."""
-    model = model_of(MLP(4, 2, [8]))
-    with fused_hidden_layers(model):
-        assert model.mlp(torch.randn(3, 5, 4)).shape == (3, 5, 2)
-        assert model.mlp(torch.randn(0, 4)).shape == (0, 2)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert model.mlp(torch.randn(3, 4)).dtype == torch.bfloat16
+def test_other_inputs_take_the_layers_own_way(
+    kernels: ModuleType, device: str, fused_calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences, mixed precision, nothing at all; but not because of another device's mixed precision."""
+    model = model_of(MLP(4, 2, [8]), device)
+    with fused_hidden_layers(kernels, model):
+        assert model.mlp(torch.randn(3, 5, 4, device=device)).shape == (3, 5, 2)
+        assert model.mlp(torch.randn(0, 4, device=device)).shape == (0, 2)
+        with torch.autocast(device, torch.bfloat16):
+            assert model.mlp(torch.randn(3, 4, device=device)).dtype == torch.bfloat16
         assert fused_calls == []
-        model.mlp(torch.randn(3, 4))
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type != device)
+        model.mlp(torch.randn(3, 4, device=device))
     assert fused_calls == [(3, 8)]
 
 
@@ -269,12 +255,17 @@ def test_several_groups_and_other_latents_are_left_alone(monkeypatch: pytest.Mon
 # --- in the update ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("backend", "fused"), [(None, True), ("cpu", True), ("eager", False)])
-def test_the_update_takes_them_with_the_cpus_kernels(
-    backend: str | None, fused: bool, new_run: Callable, fused_calls: list
-) -> None:
-    """But not the rollout, whose actions are those of PPO to the bit."""
-    run = new_run(FUSED, args={"backend": backend}).rollout()
+def test_the_update_takes_them(backend: str, device: str, new_run: Callable, fused_calls: list) -> None:
+    """But not the rollout, whose actions are those of PPO to the bit. The update is that with torch's own layers."""
+    plain = new_run(FUSED, device=device, args={"backend": "eager"}).rollout()
+    plain.alg.update()
+    run = new_run(FUSED, device=device, args={"backend": backend}).rollout()
     assert fused_calls == []
     run.alg.update()
-    assert bool(fused_calls) == fused
+    assert fused_calls
+    assert run.distance(plain) < 1e-5
+
+
+def test_the_update_takes_them_by_itself(new_run: Callable, fused_calls: list) -> None:
+    new_run(FUSED).rollout().alg.update()
+    assert bool(fused_calls) == backends.select(None, torch.device("cpu")).FUSES_HIDDEN_LAYERS

@@ -223,6 +223,7 @@ T __shfl_xor_sync(unsigned, T x, int lane_mask) {
 
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 
 template <class T>
 T __ldcg(const T* from) {
