@@ -2,10 +2,8 @@
 
 ``PYFAST_PPO_CUDA``        ``auto`` (default): with CUDA where it can be done, else a CPU build that knows why.
                            ``on``: with CUDA, or the build stops. ``off``: without.
-``PYFAST_PPO_CUDA_ARCHS``  what to compile for: ``90``, ``8.0;
-9.0 + PTX``, ``native``.
-``MAX_JOBS`` how many compilers run at a time;
-unset: as many as there are cores.
+``PYFAST_PPO_CUDA_ARCHS``  what to compile for: ``90``, ``8.0;9.0+PTX``, ``native``.
+``MAX_JOBS``               how many compilers run at a time; unset: as many as there are cores.
 
 Standard library only: this runs in the isolated environment of a build, where there is no torch.
 """
@@ -34,7 +32,7 @@ FLAGS += ["--expt-relaxed-constexpr"]  # csrc/math takes its constants from std:
 USUAL_TOOLKIT = Path("/usr/local/cuda")
 DRIVER_IN_PROC = Path("/proc/driver/nvidia")
 
-#What is downloaded where there is no nvcc : one minor version, because the headers and the compiler belong together.
+# What is downloaded where there is no nvcc: one minor version, because the headers and the compiler belong together.
 # 13.2 is the first whose headers agree with glibc 2.42; its programs run with every driver for CUDA 13.
 DOWNLOADED = "13.2"
 DOWNLOADED_MAJOR = 13
@@ -91,8 +89,7 @@ def build(csrc: Path, temp: Path) -> CudaBuild:
         return CudaBuild(*note(temp, "built with PYFAST_PPO_CUDA=off"), [], [])
     asked = parse_architectures(os.environ.get("PYFAST_PPO_CUDA_ARCHS", ""))
     try:
-        nvcc
-  = get_nvcc(temp / "toolkit", even_without_driver=mode == "on")
+        nvcc = get_nvcc(temp / "toolkit", even_without_driver=mode == "on")
         architectures = choose_architectures(asked, nvcc)
         objects = compile_all(nvcc, architectures, csrc, temp)
     except Unavailable as problem:
@@ -138,7 +135,8 @@ def complaint(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
     return next((line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)), lines[-1])[:300]
 
-#The compiler
+
+# The compiler
 
 
 def get_nvcc(download_to: Path, even_without_driver: bool) -> Nvcc:
@@ -179,7 +177,7 @@ def candidates(downloaded_to: Path) -> Iterator[Path]:
     for folder in dict.fromkeys([*package_folders(), downloaded_to]):
         toolkit = folder / f"nvidia/cu{DOWNLOADED_MAJOR}"
         for nvcc in existing(toolkit / "bin/nvcc"):
-#cuda_fp16.h includes it, and nvidia - cuda - nvcc does not bring it along.
+            # cuda_fp16.h includes it, and nvidia-cuda-nvcc does not bring it along.
             if any((toolkit / include / "nv/target").exists() for include in ("include/cccl", "include")):
                 yield nvcc
             else:
@@ -218,7 +216,7 @@ def inspect(path: Path) -> Nvcc:
         [Path(word[2:]) for word in shlex.split(settings.get(name, "")) if word.startswith(option)]
         for name, option in (("INCLUDES", "-I"), ("LIBRARIES", "-L"))
     )
-#Not in nvcc's own list: the folder of the PyPI packages, which have no lib64.
+    # Not in nvcc's own list: the folder of the PyPI packages, which have no lib64.
     libraries += [top / "lib64", top / "lib", *sorted(top.glob("targets/*/lib"))]
     cudart = next(
         (library / "libcudart_static.a" for library in libraries if (library / "libcudart_static.a").exists()), None
@@ -236,8 +234,8 @@ def download(folder: Path) -> Path:
     Not through ``setup_requires``: a build requirement that can't be fetched makes pip fail the whole installation,
     and here it has to leave a working CPU build.
     """
-#pip 's isolated environment hides the pip that runs it through PYTHONPATH, and what is set for the user' s own
-#installation(PIP_USER = 1) contradicts-- target.
+    # pip's isolated environment hides the pip that runs it through PYTHONPATH, and what is set for the user's own
+    # installation (PIP_USER=1) contradicts --target.
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PIP_PREFIX", "PIP_TARGET")}
     env["PIP_USER"] = "0"
     installer = next(
@@ -271,14 +269,14 @@ def installers() -> Iterator[list[str]]:
     yield [os.environ.get("UV") or "uv", "pip"]
     yield ["pip"]
 
-#The GPU's driver and architectures
+
+# The GPU's driver and architectures
 
 
 def driver_version() -> int | None:
     """13020 for CUDA 13.2; 0 for a driver that does not say, as in a container; None without a driver."""
     try:
-        cuda
-              = ctypes.CDLL("libcuda.so.1")
+        cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return 0 if DRIVER_IN_PROC.exists() else None
     version = ctypes.c_int()
@@ -338,7 +336,8 @@ def choose_architectures(asked: list[str], nvcc: Nvcc) -> list[str]:
     numbers = [number for number in ARCHITECTURES if f"sm_{number}" in nvcc.known]
     return [*(f"sm_{number}" for number in numbers), f"compute_{numbers[-1]}"]
 
-#The objects
+
+# The objects
 
 
 def compile_all(nvcc: Nvcc, architectures: list[str], csrc: Path, temp: Path) -> list[Path]:

@@ -118,6 +118,9 @@ def test_wide_accesses(accesses: dict[str, Counter]) -> None:
             assert count["STG 128"] == network, f"{name}: {count}"
     assert accesses["adam_kernel vector"]["LDG 128"] == accesses["adam_kernel vector"]["STG 128"] == 4
     assert accesses["adam_norms_kernel vector"]["LDG 128"] == 1
+    layer = {way: accesses[f"add_bias_and_elu{way}_kernel vector"] for way in ("", "_backward")}
+    assert [layer[""][kind] for kind in ("LDG 128", "STG 128")] == [5, 4]  # four rows, and the bias
+    assert [layer["_backward"][kind] for kind in ("LDG 128", "STG 128")] == [8, 4]  # four rows of two matrices
     for name, count in accesses.items():
         assert not any(kind[:3] in ("LDL", "STL") for kind in count), f"{name} uses local memory: {count}"
 

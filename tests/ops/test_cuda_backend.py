@@ -100,6 +100,10 @@ def test_a_launch_that_fails(machine: ModuleType) -> None:
         gae(x, x, x, x[0], 0.9, 0.9, backend="cuda")
     with pytest.raises(RuntimeError, match=f"^gaussian_kernel: {message}"):
         gaussian_kl(x, x, x, x, backend="cuda")
+    with pytest.raises(RuntimeError, match=f"^add_bias_and_elu_kernel: {message}"):
+        backend.add_bias_and_elu(x, x[0])
+    with pytest.raises(RuntimeError, match=f"^add_bias_and_elu_backward_kernel: {message}"):
+        backend.add_bias_and_elu_backward(x, x)
     machine.pretend()
     assert torch.isfinite(ppo_loss_and_grad(**inputs, backend="cuda")[0].loss)
 
@@ -138,6 +142,24 @@ def test_scratch_memory_is_kept_and_left_as_it_was() -> None:
     address = scratch.partials.data_ptr()
     ppo_loss_and_grad(**make_inputs(300, 4, device=device), backend="cuda")
     assert next(iter(backend._scratch.kept.values())).partials.data_ptr() == address
+
+
+@pytest.mark.skipif("cuda" not in KERNELS, reason="the CUDA backend is not available")
+def test_scratch_memory_of_hidden_layers() -> None:
+    """The loss's, with a counter for every 32 columns; whoever needs more of either, all are back at 0."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend._scratch.kept.clear()
+    ppo_loss_and_grad(**make_inputs(10, 40, device=device), backend="cuda")
+    sizes = []
+    for shape in [(700, 33), (10, 130), (10, 5), (9000, 33)]:
+        y = torch.ones(shape, device=device)
+        _, grad_bias = backend.add_bias_and_elu_backward(y, y)
+        assert (grad_bias == shape[0]).all()
+        ((_, scratch),) = backend._scratch.kept.items()
+        assert not scratch.counter.any()
+        sizes.append((scratch.size, len(scratch.counter)))
+    assert sizes == sorted(sizes)
+    assert [count for _, count in sizes] == [2, 5, 5, 5]
 
 
 @emulated

@@ -54,6 +54,32 @@ def test_more_launches_than_counters(pool: ScratchPool, monkeypatch: pytest.Monk
     assert len({scratch.counter.data_ptr() for scratch in (last, *more)}) == 3
 
 
+def test_launches_with_several_counters(pool: ScratchPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their numbers are, no two launches of a graph share one."""
+    found = []
+    for count in (1, 4, 5, 2, 9, 1):
+        found.append(pool.get(CPU, STREAM, 10, torch.float32, keep=True, num_counters=count).counter)
+        assert found[-1].tolist() == [0] * count
+        assert found[-1].data_ptr() % 16 == found[0].data_ptr() % 16
+    places = [address for t in found for address in range(t.data_ptr(), t.data_ptr() + 4 * len(t), 4)]
+    assert len(places) == len(set(places)) == 22
+    monkeypatch.setattr(pool._counters[CPU], "_num_taken", Counters.NUM - 1)
+    counter = pool.get(CPU, STREAM, 10, torch.float32, keep=True, num_counters=5).counter
+    assert counter.tolist() == [0] * 5
+    assert counter.untyped_storage().data_ptr() != pool._counters[CPU]._all.untyped_storage().data_ptr()
+
+
+def test_what_is_kept_is_enough_for_all_who_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who needs many numbers, and who needs many counters."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    pool = ScratchPool()
+    needs = [(100, 1), (10, 7), (100, 1), (10, 7)]
+    found = [pool.get(CPU, STREAM, size, torch.float32, keep=True, num_counters=count) for size, count in needs]
+    assert found[1] is found[2] is found[3]
+    assert (found[3].size, found[3].counter.tolist()) == (100, [0] * 7)
+    assert len(found[3].partials) == 100
+
+
 def test_a_capture_without_a_call_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     pool = ScratchPool()

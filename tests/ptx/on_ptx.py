@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.append(str(Path(__file__).parents[1] / "ops" / "oracles"))
 
 import torch
+import torch.nn.functional as F
 from ptx import load_machine
 from torch import Tensor
 
-from pyfast_ppo import gae, gaussian_entropy, gaussian_kl, gaussian_log_prob
+from pyfast_ppo import backends, gae, gaussian_entropy, gaussian_kl, gaussian_log_prob
 from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step
 from pyfast_ppo.ops.learning_rate import adapted_rate
 from pyfast_ppo.ops.ppo_loss import ppo_loss_and_grad
@@ -170,13 +171,31 @@ def rate() -> Case:
     return run
 
 
+def hidden_layer(num_rows: int, num_units: int, aligned: bool = True) -> Case:
+    """Bias and ELU, and their gradients: into memory of its own, and in place."""
+    g = torch.Generator().manual_seed(num_units)
+    x, grad = torch.randn(2, num_rows, num_units, generator=g)
+    bias = torch.randn(num_units, generator=g)
+
+    def placed(t: Tensor) -> Tensor:
+        memory = torch.empty(t.numel() + 1)
+        return (memory[:-1] if aligned else memory[1:]).view(t.shape).copy_(t)
+
+    def run(backend: str, exact: bool = False) -> list[Tensor]:
+        if exact:
+            of = [x.double().requires_grad_(), bias.double().requires_grad_()]
+            y = F.elu(of[0] + of[1])
+            grads = torch.autograd.grad(y, of, grad.double())
+            return [y.detach(), *grads, *grads]
+        kernels: Any = backends._module(backend)
+        y = kernels.add_bias_and_elu(placed(x), bias)
+        into_other, in_place = (kernels.add_bias_and_elu_backward(placed(grad), y, choice) for choice in (False, True))
+        return [y, *into_other, *in_place]
+
+    return run
+
+
 def cases(backend: str) -> Iterator[tuple[str, Case]]:
-    if backend == "cuda":  # with Triton the steps are torch's
-        shapes = [(3, 700), (1024,), (1,), (5,)]
-        yield "adam", adam(shapes, AdamRule(0.9, 0.999, 1e-8, 0.1, False))
-        yield "adamw", adam([*shapes, (2, 2)], AdamRule(0.9, 0.99, 1e-6, 0.05, True))
-        yield "adam, lost", adam(shapes, AdamRule(0.9, 0.999, 1e-8, 0.0, False), lost=True)
-        yield "learning rate", rate()
     for a in (1, 2, 4, 12, 19, 23, 29, 37, 256):
         yield f"loss A={a}", loss(333 if a < 64 else 37, a)
     yield "loss N=1", loss(1, 12)
@@ -199,6 +218,15 @@ def cases(backend: str) -> Iterator[tuple[str, Case]]:
     for a in (1, 12, 37):
         for shared in (True, False):
             yield f"gaussian A={a} std {'[A]' if shared else '[N, A]'}", gaussian(200, a, shared)
+    if backend == "cuda":  # with Triton hidden layers and steps are torch's
+        for n, h in ((1, 1), (300, 3), (130, 19), (500, 130), (1, 128), (1300, 128), (333, 32)):
+            yield f"hidden layer N={n} H={h}", hidden_layer(n, h)
+        yield "hidden layer N=200 H=64, not aligned", hidden_layer(200, 64, aligned=False)
+        shapes = [(3, 700), (1024,), (1,), (5,)]
+        yield "adam", adam(shapes, AdamRule(0.9, 0.999, 1e-8, 0.1, False))
+        yield "adamw", adam([*shapes, (2, 2)], AdamRule(0.9, 0.99, 1e-6, 0.05, True))
+        yield "adam, lost", adam(shapes, AdamRule(0.9, 0.999, 1e-8, 0.0, False), lost=True)
+        yield "learning rate", rate()
 
 
 def largest_error(results: list[Tensor], exact: list[Tensor]) -> float:
@@ -297,6 +325,9 @@ def main() -> None:
             "normalize": without_barriers(launcher, args.backend, returns(40, 64), "normalize_kernel"),
         }
         if args.backend == "cuda":
+            found["without_barriers"]["hidden layer"] = without_barriers(
+                launcher, args.backend, hidden_layer(700, 40), "add_bias_and_elu_backward_kernel"
+            )
             case = adam([(3, 700), (5,)], AdamRule(0.9, 0.999, 1e-8, 0.0, False))
             found["without_barriers"]["adam"] = without_barriers(launcher, args.backend, case, "adam_norms_kernel")
         else:
