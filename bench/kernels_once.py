@@ -13,6 +13,7 @@ from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step, has_adam
 from pyfast_ppo.ops.learning_rate import adapted_rate
 
 SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300), (5, 2000)]
+LAYERS = [(1, 1), (777, 19), (500, 130), (3001, 128), (60_001, 32), (3, 20_000)]  # rows, units
 SECOND_TILES = [(530, 12), (227, 29), (454, 37)]  # rows of a multiprocessor, A: more tiles than it takes at a time
 
 
@@ -53,6 +54,16 @@ def run_steps(backend: str) -> None:
             rate = adapted_rate(torch.tensor(0.1).cuda(), rate, **limits, lost=lost, backend=backend)
 
 
+def run_hidden_layer(num_rows: int, num_units: int, kernels: Any) -> None:
+    """Aligned and not, into memory of its own and in place."""
+    for first in (0, 1):
+        memory = torch.randn(2, num_rows * num_units + 4).cuda()[:, first:][:, : num_rows * num_units]
+        y, grad = (t.view(num_rows, num_units) for t in memory)
+        kernels.add_bias_and_elu(y, torch.randn(num_units).cuda())
+        for in_place in (False, True):
+            kernels.add_bias_and_elu_backward(grad, y, in_place)
+
+
 def run(backend: str) -> None:
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
     for rows_of_processor, num_actions in SECOND_TILES:
@@ -72,6 +83,9 @@ def run(backend: str) -> None:
         pyfast_ppo.gae(rewards, rewards + 1.0, flags, rewards[0], 0.99, 0.95, **ends, normalize=True, backend=backend)
     if has_adam(backend, torch.device("cuda")):
         run_steps(backend)
+    kernels = backends.select(backend, torch.device("cuda"))
+    for num_rows, num_units in LAYERS if kernels.FUSES_HIDDEN_LAYERS else ():
+        run_hidden_layer(num_rows, num_units, kernels)
     torch.cuda.synchronize()
 
 
