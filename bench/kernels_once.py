@@ -9,7 +9,7 @@ import torch
 import pyfast_ppo
 from pyfast_ppo import backends, kl
 from pyfast_ppo.bench.stock import make_mini_batch
-from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step, has_adam
+from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step
 from pyfast_ppo.ops.learning_rate import adapted_rate
 
 SHAPES = [(1, 1), (257, 12), (1000, 29), (333, 37), (64, 300), (5, 2000)]
@@ -34,7 +34,7 @@ def run_losses(num_rows: int, num_actions: int, old_std_per_row: bool, backend: 
     return inputs
 
 
-def run_steps(backend: str) -> None:
+def run_steps(kernels: Any) -> None:
     """Adam with parameters of awkward sizes, aligned and not, taken and lost; the rule of the rate."""
     shapes = [(1,), (1023,), (37, 300), (5,)]
     for offset, value in ((0, 1.0), (1, 1.0), (0, torch.nan)):
@@ -48,10 +48,10 @@ def run_steps(backend: str) -> None:
         rate = torch.tensor(1e-3, dtype=torch.float64).cuda()
         for decoupled in (False, True):
             rule = AdamRule(0.9, 0.999, 1e-8, 0.1, decoupled)
-            options: dict[str, Any] = {"max_norm": 1.0, "skip_nonfinite": True, "backend": backend}
+            options: dict[str, Any] = {"max_norm": 1.0, "skip_nonfinite": True, "backend": kernels}
             lost = adam_step(rows, rule, rate=rate, skip=torch.tensor(False).cuda(), **options)
             limits = {"desired_kl": 0.01, "min_rate": 1e-5, "max_rate": 1e-2, "factor": 1.5}
-            rate = adapted_rate(torch.tensor(0.1).cuda(), rate, **limits, lost=lost, backend=backend)
+            rate = adapted_rate(torch.tensor(0.1).cuda(), rate, **limits, lost=lost, backend=kernels.name)
 
 
 def run_hidden_layer(num_rows: int, num_units: int, kernels: Any) -> None:
@@ -81,11 +81,11 @@ def run(backend: str) -> None:
         flags, rewards = (rewards > 1.0).cuda(), rewards.cuda()
         ends: dict[str, Any] = {"time_outs": flags, "final_values": rewards}
         pyfast_ppo.gae(rewards, rewards + 1.0, flags, rewards[0], 0.99, 0.95, **ends, normalize=True, backend=backend)
-    if has_adam(backend, torch.device("cuda")):
-        run_steps(backend)
     kernels = backends.select(backend, torch.device("cuda"))
-    for num_rows, num_units in LAYERS if kernels.FUSES_HIDDEN_LAYERS else ():
-        run_hidden_layer(num_rows, num_units, kernels)
+    if kernels.FUSES_UPDATE:
+        run_steps(kernels)
+        for num_rows, num_units in LAYERS:
+            run_hidden_layer(num_rows, num_units, kernels)
     torch.cuda.synchronize()
 
 

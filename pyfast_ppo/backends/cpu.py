@@ -17,7 +17,7 @@ DEVICE_TYPE = "cpu"
 COMPUTES_IN = (torch.float32, torch.float64)
 FOR_TESTS_ONLY = False
 GATHERS = False
-FUSES_HIDDEN_LAYERS = True
+FUSES_UPDATE = True
 
 _C, _REASON = _extension.load()
 

@@ -19,7 +19,7 @@ DEVICE_TYPE = "cuda"
 COMPUTES_IN = (torch.float32, torch.float64)
 FOR_TESTS_ONLY = False
 GATHERS = True
-FUSES_HIDDEN_LAYERS = True
+FUSES_UPDATE = True
 
 _C, _REASON = _extension.load()
 _cuda: Any = getattr(_C, "cuda", None)

@@ -14,7 +14,7 @@ DEVICE_TYPE = None  # any
 COMPUTES_IN = (torch.float32, torch.float64)
 FOR_TESTS_ONLY = False
 GATHERS = False
-FUSES_HIDDEN_LAYERS = False
+FUSES_UPDATE = False
 
 
 def unavailable_reason() -> str | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-
-from pyfast_ppo import backends
 
 
 class AdamRule(NamedTuple):
@@ -31,11 +30,6 @@ class AdamRow(NamedTuple):
     module: int  # which of the modules it belongs to
 
 
-def has_adam(backend: str | None, device: torch.device) -> bool:
-    """Whether the backend that would be taken has this operation."""
-    return hasattr(backends.select(backend, device), "adam_step")
-
-
 def adam_step(
     rows: list[AdamRow],
     rule: AdamRule,
@@ -44,7 +38,7 @@ def adam_step(
     rate: float | Tensor,
     skip: Tensor | None,
     skip_nonfinite: bool,
-    backend: str | None = None,
+    backend: ModuleType,
 ) -> Tensor | None:
     """``clip_grad_norm_`` for each module, then the step, in place; nothing waits for the device.
 
@@ -58,7 +52,7 @@ def adam_step(
         rate: The learning rate. 0-dim, if it is a tensor.
         skip: Nothing is changed where this is true. Boolean, 0-dim.
         skip_nonfinite: Nothing is changed where the norm of a module's gradients is NaN or infinite, either.
-        backend: One that ``has_adam``.
+        backend: One of pyfast_ppo.backends that has ``FUSES_UPDATE``.
 
     Returns:
         Whether a norm was NaN or infinite, if that was asked for. Boolean, 0-dim. None where something is not as
@@ -67,8 +61,7 @@ def adam_step(
     """
     device = rows[0].parameter.device
     lost = torch.empty((), dtype=torch.bool, device=device)
-    run = backends.select(backend, device).adam_step
-    if not run(rows, rule, max_norm, rate, skip, skip_nonfinite, lost):
+    if not backend.adam_step(rows, rule, max_norm, rate, skip, skip_nonfinite, lost):
         return None
     increment_version([row.parameter for row in rows])
     return lost

@@ -14,7 +14,7 @@ def hidden_layers(backend: ModuleType, x: Tensor, *parameters: Tensor) -> Tensor
     """x [N, H₀] -> elu(x Wᵀ + b) [N, H₁] -> …, differentiable once in every argument.
 
     Args:
-        backend: One of pyfast_ppo.backends that has ``FUSES_HIDDEN_LAYERS``.
+        backend: One of pyfast_ppo.backends that has ``FUSES_UPDATE``.
         x: [N, H₀], N > 0.
         parameters: W [H₁, H₀] and b [H₁] of each layer in turn.
 

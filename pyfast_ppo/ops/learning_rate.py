@@ -34,7 +34,7 @@ def adapted_rate(
         backend: As in ``ppo_loss``.
     """
     run = None if torch.compiler.is_compiling() else backends.select(backend, rate.device)
-    if run is not None and hasattr(run, "adapt_rate"):
+    if run is not None and run.FUSES_UPDATE:
         following = torch.empty_like(rate)
         run.adapt_rate((desired_kl, min_rate, max_rate, factor, rise_above), kl, rate, lost, following)
         return following

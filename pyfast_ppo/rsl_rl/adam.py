@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step, has_adam
+from pyfast_ppo import backends
+from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step
 
 _UNUSUAL = ("amsgrad", "maximize", "differentiable")
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -31,6 +32,7 @@ class KernelSteps:
         """The next step looks anew."""
         self._rule: AdamRule | None = None
         self._rows: list[AdamRow] = []
+        self._run: Any = None  # the backend
         self._is_known = False
 
     def step(
@@ -51,7 +53,7 @@ class KernelSteps:
                 rate=rate if isinstance(rate, Tensor) else float(rate),
                 skip=skip,
                 skip_nonfinite=skip_nonfinite,
-                backend=self._backend,
+                backend=self._run,
             )
             if lost is not None:
                 return lost
@@ -77,7 +79,10 @@ class KernelSteps:
         of_modules = [p for module in modules for p in module.parameters()]
         if len(of_modules) != len(of_optimizer) or {*map(id, of_modules)} != {*map(id, of_optimizer)}:
             return None
-        if len({p.device for p in of_modules}) > 1 or not has_adam(self._backend, of_modules[0].device):
+        if len({p.device for p in of_modules}) > 1:
+            return None
+        self._run = backends.select(self._backend, of_modules[0].device)
+        if not self._run.FUSES_UPDATE:
             return None
         self._rows = self._rows_of(modules)
         return rules[0]

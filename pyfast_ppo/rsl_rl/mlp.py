@@ -22,7 +22,7 @@ def fused_hidden_layers(backend: ModuleType, *models: nn.Module) -> Iterator[Non
     ``backend``: one of pyfast_ppo.backends, which may have nothing for it.
     """
     with ExitStack() as stack:
-        for model in models if backend.FUSES_HIDDEN_LAYERS else ():
+        for model in models if backend.FUSES_UPDATE else ():
             mlp = getattr(model, "mlp", None)
             if not isinstance(mlp, MLP) or "forward" in vars(mlp) or type(mlp).forward is not MLP.forward:
                 continue  # it runs in its own way

@@ -11,9 +11,9 @@ import torch.nn as nn
 from backends_here import AVAILABLE
 from torch import Tensor
 
-from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step, has_adam
+from pyfast_ppo import backends
+from pyfast_ppo.ops.adam import AdamRow, AdamRule, adam_step
 
-LEAVE_IT_TO_TORCH = ("triton", "eager")
 PLAIN = AdamRule(0.9, 0.999, 1e-8, 0.0, False)
 RULES = {
     "adam": PLAIN,
@@ -24,7 +24,7 @@ SHAPES = [(1,), (3,), (1024,), (1025,), (4096, 3), (0,), (2, 3, 5), (8192,), (81
 RATE = 3e-3
 
 
-@pytest.fixture(params=[row.name for row in AVAILABLE if row.name not in LEAVE_IT_TO_TORCH])
+@pytest.fixture(params=[row.name for row in AVAILABLE if backends._module(row.name).FUSES_UPDATE])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -32,12 +32,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str) -> str:
     return "cuda" if backend == "cuda" and torch.cuda.is_available() else "cpu"
-
-
-def test_which_backends_have_it() -> None:
-    devices = {row.name: "cuda" if row.name != "cpu" and torch.cuda.is_available() else "cpu" for row in AVAILABLE}
-    without = [name for name, device in devices.items() if not has_adam(name, torch.device(device))]
-    assert without == [row.name for row in AVAILABLE if row.name in LEAVE_IT_TO_TORCH]
 
 
 class Case:
@@ -73,7 +67,8 @@ class Case:
 
     def step(self, backend: str, rule: AdamRule = PLAIN, **options: object) -> Tensor | None:
         defaults = {"max_norm": 1.0, "rate": RATE, "skip": None, "skip_nonfinite": True}
-        return adam_step(self.rows(), rule, **{**defaults, **options}, backend=backend)
+        kernels = backends.select(backend, self.parameters[0].device)
+        return adam_step(self.rows(), rule, **{**defaults, **options}, backend=kernels)
 
     def everything(self) -> list[Tensor]:
         return [t.detach().clone() for p in self.parameters for t in (p, p.grad, *self.states[p].values())]

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyfast_ppo import backends
 from pyfast_ppo.ops.hidden_layers import hidden_layers
 
-FUSING = [row.name for row in AVAILABLE if backends._module(row.name).FUSES_HIDDEN_LAYERS]
+FUSING = [row.name for row in AVAILABLE if backends._module(row.name).FUSES_UPDATE]
 # tails of every kind; more rows than blocks of a kernel take at once; more columns than blocks
 SHAPES = [(1, 1), (3, 7), (129, 16), (1000, 19), (257, 128), (300, 130), (5000, 3), (50_000, 4), (2, 20_000)]
 

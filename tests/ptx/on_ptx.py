@@ -144,7 +144,8 @@ def adam(shapes: list[tuple[int, ...]], rule: AdamRule, *, lost: bool = False) -
         if not exact:
             rate = torch.tensor(1e-2, dtype=torch.float64)
             rows = [AdamRow(*row) for row in state]
-            adam_step(rows, rule, max_norm=1.0, rate=rate, skip=None, skip_nonfinite=True, backend=backend)
+            kernels = backends.select(backend, torch.device("cpu"))
+            adam_step(rows, rule, max_norm=1.0, rate=rate, skip=None, skip_nonfinite=True, backend=kernels)
         elif not lost:
             kind = torch.optim.AdamW if rule.decoupled else torch.optim.Adam
             options = {"betas": (rule.beta1, rule.beta2), "eps": rule.eps, "weight_decay": rule.weight_decay}

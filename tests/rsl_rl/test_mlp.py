@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1] / "ops" / "oracles"))
 from backends_here import AVAILABLE
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
-FUSING = [row.name for row in AVAILABLE if backends._module(row.name).FUSES_HIDDEN_LAYERS]
+FUSING = [row.name for row in AVAILABLE if backends._module(row.name).FUSES_UPDATE]
 
 
 @pytest.fixture(params=FUSING)
@@ -268,4 +268,4 @@ def test_the_update_takes_them(backend: str, device: str, new_run: Callable, fus
 
 def test_the_update_takes_them_by_itself(new_run: Callable, fused_calls: list) -> None:
     new_run(FUSED).rollout().alg.update()
-    assert bool(fused_calls) == backends.select(None, torch.device("cpu")).FUSES_HIDDEN_LAYERS
+    assert bool(fused_calls) == backends.select(None, torch.device("cpu")).FUSES_UPDATE
