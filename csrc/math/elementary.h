@@ -41,18 +41,34 @@ struct ExpTerms {
   T expm1_minus_x;
 };
 
-PYFAST_PPO_INLINE ExpTerms<float> exp_terms(float x) {
-  // x = n ln 2 + f with |f| <= ln(2)/2; adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+// e^x = 2^n e^f with |f| <= ln(2)/2.
+struct ReducedExp {
+  float n, power;                // 2^n
+  float expm1_f, expm1_minus_f;  // e^f - 1, e^f - 1 - f
+};
+
+PYFAST_PPO_INLINE ReducedExp reduced_exp(float x) {
+  // x = n ln 2 + f; adding and subtracting 1.5 * 2^23 rounds to the nearest integer
   const float shifted = x * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   const float f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   // e^f = 1 + f + f^2 q, Taylor to f^7: its error is below 1e-7 of q.
   const float q = 0.5f + f * (1.66666667e-1f +
                               f * (4.16666667e-2f + f * (8.33333333e-3f + f * (1.38888889e-3f + f * 1.98412698e-4f))));
-  const float power = float_from_bits((float_bits(shifted) << 23) + 0x3f800000u);  // 2^n
-  const float expm1_f = f + f * f * q;
-  const float exp_x = power + power * expm1_f;
-  return {exp_x, n == 0.0f ? f * f * q : (power * expm1_f + (power - 1.0f)) - x};
+  const float power = float_from_bits((float_bits(shifted) << 23) + 0x3f800000u);
+  return {n, power, f + f * f * q, f * f * q};
+}
+
+PYFAST_PPO_INLINE ExpTerms<float> exp_terms(float x) {
+  const ReducedExp e = reduced_exp(x);
+  const float exp_x = e.power + e.power * e.expm1_f;
+  return {exp_x, e.n == 0.0f ? e.expm1_minus_f : (e.power * e.expm1_f + (e.power - 1.0f)) - x};
+}
+
+// e^x - 1, to rounding for 0 as for -20, its least argument; NaN for NaN. 2^n - 1 is exact, and 0 where x is small.
+PYFAST_PPO_INLINE float expm1_below_zero(float x) {
+  const ReducedExp e = reduced_exp(x);
+  return e.power * e.expm1_f + (e.power - 1.0f);
 }
 
 PYFAST_PPO_INLINE ExpTerms<double> exp_terms(double x) {

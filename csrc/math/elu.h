@@ -8,10 +8,7 @@ namespace pyfast_ppo {
 PYFAST_PPO_INLINE float elu(float x) {
   // below -20, e^x - 1 rounds to -1; a NaN passes both comparisons by
   const float bounded = x < static_cast<float>(-kMaxLogRatio) ? static_cast<float>(-kMaxLogRatio) : x;
-  const float negative = bounded > 0.0f ? 0.0f : bounded;
-  const ExpTerms<float> terms = exp_terms(negative);
-  // neither cancels where it is taken
-  const float expm1 = negative < -0.35f ? terms.exp - 1.0f : terms.expm1_minus_x + negative;
+  const float expm1 = expm1_below_zero(bounded > 0.0f ? 0.0f : bounded);
   return x > 0.0f ? x : expm1;
 }
 

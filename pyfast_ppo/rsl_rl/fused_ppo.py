@@ -86,8 +86,8 @@ class FusedPPO(PPO):
       in which no step could be taken raises ``NonFiniteError`` (see ``nonfinite``). So the networks stay finite and the
       error names the frame, but one infinite reward ends the run, unless advantages are normalised per mini-batch:
       normalised over the rollout, all of them are NaN.
-    - The adaptive learning rate is decided on the device, without a host sync; Adam, AdamW and SGD take their fused
-      step for it.
+    - The adaptive learning rate is decided on the device, without a host sync. Clipping and the step of Adam or AdamW
+      are one operation, which leaves an unusual optimizer to torch (see ``adam.py``); SGD takes torch's fused step.
     - The adaptive learning rate leaves out the mini-batch before the first step. rsl_rl does so only where rounding
       makes that KL exactly 0: not in bfloat16, and not in rsl_rl 5.4 with normalized observations, where the normalizer
       moves while the rollout is collected (see ``adapt_before_first_step``).
