@@ -134,9 +134,9 @@ inline TensorObject read_in_any_way(py::handle tensor) {
 // Whether there are elements, but no memory to find them in: subclasses that hold other tensors, tensors that only
 // know their shape, storage that was freed. A view into such storage has its offset for an address; nothing is mapped
 // in the first page.
-inline bool lacks_memory(const TensorObject& t) {
-  return reinterpret_cast<uintptr_t>(t.data) < 4096 && t.shape[0] * t.shape[1] != 0;
-}
+inline bool is_no_address(const void* data) { return reinterpret_cast<uintptr_t>(data) < 4096; }
+
+inline bool lacks_memory(const TensorObject& t) { return is_no_address(t.data) && t.shape[0] * t.shape[1] != 0; }
 
 [[noreturn]] inline void refuse_without_memory(const char* name) {
   throw py::value_error(std::string(name) +
@@ -242,41 +242,47 @@ inline GaeArgs gae_args(const std::tuple<int64_t, int64_t>& sizes, const py::tup
   return args;
 }
 
-// Whether the tensor is contiguous float32, of `count` elements unless that is negative, on `device` unless that has no
-// type yet; then its address, and what was left open.
+// Whether the tensor is contiguous float32 with memory of its own, of `count` elements unless that is negative, on
+// `device` unless that has no type yet; then its address, and what was left open.
 inline bool read_floats(py::handle tensor, float** data, int64_t* count, dlpack::Device* device) {
   dlpack::Tensor found;
-  DType dtype;
-  if (!look_into(tensor, &found)) {  // what has no DLPack says so itself
-    const py::object contiguous = tensor.attr("is_contiguous")();
-    const py::object is_float = tensor.attr("dtype").attr("__eq__")(py::module_::import("torch").attr("float32"));
-    const auto elements = tensor.attr("numel")().cast<int64_t>();
-    if (!contiguous.cast<bool>() || !is_float.cast<bool>() || (*count >= 0 && elements != *count)) return false;
-    *data = static_cast<float*>(address_of(tensor));
-    *count = elements;
-    return true;
-  }
-  if (!dtype_of_code(found.dtype, &dtype) || dtype != DType::kFloat32) return false;
+  dlpack::Device where;
   int64_t elements = 1;
-  for (int i = found.ndim - 1; i >= 0; --i) {
-    if (found.shape[i] != 1 && found.strides != nullptr && found.strides[i] != elements) return false;
-    elements *= found.shape[i];
+  if (look_into(tensor, &found)) {
+    DType dtype;
+    if (!dtype_of_code(found.dtype, &dtype) || dtype != DType::kFloat32) return false;
+    for (int i = found.ndim - 1; i >= 0; --i) {
+      if (found.shape[i] != 1 && found.strides != nullptr && found.strides[i] != elements) return false;
+      elements *= found.shape[i];
+    }
+    where = found.device;
+    *data = reinterpret_cast<float*>(static_cast<char*>(found.data) + found.byte_offset);
+  } else {
+    const Torch& torch = Torch::get();
+    if (own(PyObject_GetAttr(tensor.ptr(), torch.dtype)).ptr() != torch.dtypes[0].first) return false;
+    if (!tensor.attr("is_contiguous")().cast<bool>()) return false;
+    elements = tensor.attr("numel")().cast<int64_t>();
+    const int number = tensor.attr("get_device")().cast<int>();  // of a GPU; -1: the CPU
+    where = number < 0 ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, number};
+    *data = static_cast<float*>(address_of(tensor));
   }
   if (*count >= 0 && elements != *count) return false;
-  if (device->type != 0 && (device->type != found.device.type || device->id != found.device.id)) return false;
-  *data = reinterpret_cast<float*>(static_cast<char*>(found.data) + found.byte_offset);
+  if (device->type != 0 && (device->type != where.type || device->id != where.id)) return false;
+  if (is_no_address(*data) && elements != 0) return false;
   *count = elements;
-  *device = found.device;
+  *device = where;
   return true;
 }
 
 // What a step of Adam takes, on any device. Rows: (parameter, exp_avg, exp_avg_sq, step, number of its module), in the
 // order of the modules; parameters without a gradient are left out. The rule: beta1, beta2, eps, weight_decay, and
-// whether that is decoupled. False where a tensor is not as the kernels take it: then another way has to be gone.
+// whether that is decoupled. False where a tensor is not as the kernels take it, or all are empty: the caller then has
+// to go another way.
 inline bool adam_args(const py::list& rows, const std::tuple<double, double, double, double, bool>& rule,
                       double max_norm, const py::object& rate, const py::object& skip, bool skip_nonfinite,
                       const py::object& lost, AdamArgs* args) {
   dlpack::Device device{};
+  int64_t elements = 0;
   args->num_tensors = args->num_modules = 0;
   for (const py::handle entry : rows) {
     const auto row = py::reinterpret_borrow<py::tuple>(entry);
@@ -293,8 +299,9 @@ inline bool adam_args(const py::list& rows, const std::tuple<double, double, dou
     if (!read_floats(row[3], &t.step, &one, &device)) return false;
     t.module = row[4].cast<int>();
     args->num_modules = t.module + 1;
+    elements += t.count;
   }
-  if (args->num_tensors == 0 || args->num_modules > kMaxAdamModules) return false;
+  if (elements == 0 || args->num_modules > kMaxAdamModules) return false;
   std::tie(args->rule.beta1, args->rule.beta2, args->rule.eps, args->rule.weight_decay, args->rule.decoupled) = rule;
   args->max_norm = static_cast<float>(max_norm);
   args->skip_nonfinite = skip_nonfinite;

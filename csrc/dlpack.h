@@ -11,6 +11,8 @@ struct Device {
   int32_t id;
 };
 
+constexpr int32_t kCpu = 1, kCuda = 2;  // types of devices
+
 enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 struct DataType {

@@ -52,7 +52,7 @@ class RslRlSchedule:
         lost: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """As ``update``, in one launch where a backend has it: see ``ops.learning_rate.adapted_rate``."""
+        """As ``update``, with more to say: see ``ops.learning_rate.adapted_rate``."""
         return adapted_rate(
             kl,
             lr,

@@ -77,7 +77,16 @@ void bind(py::module_ m) {
           const WithoutGil other_threads_run;
           gae(args, use_double, memory, stream(where));
         });
-  m.def("adam_partials", &adam_partials);
+  m.def("adam_partials", [](const py::list& rows) {
+    int64_t elements = 0;
+    for (const py::handle row : rows) {
+      float* data;
+      int64_t count = -1;
+      dlpack::Device device{};
+      if (read_floats(py::reinterpret_borrow<py::tuple>(row)[0], &data, &count, &device)) elements += count;
+    }
+    return adam_partials(elements, static_cast<int64_t>(rows.size()));
+  });
   m.def("adam_step", [](const py::list& rows, const std::tuple<double, double, double, double, bool>& rule,
                         double max_norm, const py::object& rate, const py::object& skip, bool skip_nonfinite,
                         const py::object& lost, const py::tuple& scratch, const PyStream& where) {

@@ -153,8 +153,7 @@ def adam_step(
 ) -> bool:
     """Whether the step was launched; False where a tensor is not as the kernels take it."""
     device, stream = lost.device, _stream(lost.device)
-    num_partials = _cuda.adam_partials(sum(row[0].numel() for row in rows), len(rows))
-    scratch = _scratch.get(device, stream[1], num_partials, torch.float64, True)
+    scratch = _scratch.get(device, stream[1], _cuda.adam_partials(rows), torch.float64, True)
     memory = scratch.partials, scratch.counter
     return _launch(_cuda.adam_step, device, rows, rule, max_norm, rate, skip, skip_nonfinite, lost, memory, stream)
 

@@ -33,19 +33,28 @@ def adapted_rate(
         lost: Where this is true, the last step was not taken, and the rate is lowered in any case. Boolean, 0-dim.
         backend: As in ``ppo_loss``.
     """
-    run = None if torch.compiler.is_compiling() else backends.select(backend, rate.device)
-    if run is not None and run.FUSES_UPDATE:
+    if _is_plain(kl, rate) and (run := backends.select(backend, rate.device)).FUSES_UPDATE:
         following = torch.empty_like(rate)
         run.adapt_rate((desired_kl, min_rate, max_rate, factor, rise_above), kl, rate, lost, following)
         return following
-    lowered = torch.clamp(rate / factor, min=min_rate)
     raised = torch.clamp(rate * factor, max=max_rate)
     low = (kl < desired_kl / 2.0) & (kl > rise_above)
+    lowered = _lowered(rate, min_rate, factor)
     following = torch.where(kl > desired_kl * 2.0, lowered, torch.where(low, raised, rate))
     return following if lost is None else lower_if_lost(following, rate, lost, min_rate=min_rate, factor=factor)
 
 
 def lower_if_lost(following: Tensor, rate: Tensor, lost: Tensor, *, min_rate: float, factor: float) -> Tensor:
     """``following``, or a lower rate than the present one where the last step was lost. 0-dim each."""
-    lowered = torch.clamp(rate / factor, min=min_rate)
-    return torch.where(lost, torch.minimum(following, lowered), following)
+    return torch.where(lost, torch.minimum(following, _lowered(rate, min_rate, factor)), following)
+
+
+def _lowered(rate: Tensor, min_rate: float, factor: float) -> Tensor:
+    return torch.clamp(rate / factor, min=min_rate)
+
+
+def _is_plain(kl: Tensor, rate: Tensor) -> bool:
+    """As kernels take them; torch takes, or refuses, the others."""
+    if torch.compiler.is_compiling() or rate.dtype != torch.float64 or kl.dtype not in (torch.float32, torch.float64):
+        return False
+    return kl.dim() == rate.dim() == 0 and kl.device == rate.device

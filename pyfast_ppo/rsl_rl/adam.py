@@ -32,7 +32,6 @@ class KernelSteps:
         """The next step looks anew."""
         self._rule: AdamRule | None = None
         self._rows: list[AdamRow] = []
-        self._run: Any = None  # the backend
         self._is_known = False
 
     def step(
@@ -53,7 +52,7 @@ class KernelSteps:
                 rate=rate if isinstance(rate, Tensor) else float(rate),
                 skip=skip,
                 skip_nonfinite=skip_nonfinite,
-                backend=self._run,
+                backend=backends.select(self._backend, self._rows[0].parameter.device),
             )
             if lost is not None:
                 return lost
@@ -81,8 +80,10 @@ class KernelSteps:
             return None
         if len({p.device for p in of_modules}) > 1:
             return None
-        self._run = backends.select(self._backend, of_modules[0].device)
-        if not self._run.FUSES_UPDATE:
+        device, rate = of_modules[0].device, optimizer.param_groups[0]["lr"]
+        if isinstance(rate, Tensor) and (rate.device != device or rate.dtype not in (torch.float32, torch.float64)):
+            return None
+        if not backends.select(self._backend, device).FUSES_UPDATE:
             return None
         self._rows = self._rows_of(modules)
         return rules[0]

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from pyfast_ppo.cuda_graph import Graph
 
@@ -135,6 +136,15 @@ def addresses(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> tuple:
     """Where these tensors and the modules' parameters and buffers lie, their shapes, and which take gradients."""
     in_modules = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     return tuple((t.data_ptr(), t.shape, t.requires_grad) for t in (*in_modules, *tensors))
+
+
+def options(optimizer: Optimizer, *, rate: bool) -> tuple:
+    """What its groups of parameters are stepped with. ``rate``: at which learning rate, too."""
+    left_out = ("params",) if rate else ("params", "lr")
+    return tuple(
+        tuple((k, v.data_ptr() if isinstance(v, Tensor) else v) for k, v in group.items() if k not in left_out)
+        for group in optimizer.param_groups
+    )
 
 
 def modes(modules: Iterable[nn.Module]) -> tuple[bool, ...]:

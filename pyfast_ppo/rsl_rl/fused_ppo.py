@@ -25,7 +25,7 @@ from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, ppo_loss_and_grad
 from pyfast_ppo.ops.shared_row import is_shared_row
 from pyfast_ppo.reference import METRICS
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
-from pyfast_ppo.rsl_rl.captured import Captured, addresses, matmul_precision, modes
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, matmul_precision, modes, options
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import RULE_KL, Run
 from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, own_methods, rows_of, sees_whole_batches
@@ -530,7 +530,7 @@ class FusedPPO(PPO):
         """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
         run = Run(self.kl_coef if self._penalty_coef is None else self._penalty_coef)
         for rate in self._rates():
-            rate.begin_steps()
+            rate.look_anew()
         self._kl_control.begin()
         compiled = self.actor is not self._raw_actor
         models = () if compiled else (self._raw_actor, self._raw_critic)
@@ -564,14 +564,15 @@ class FusedPPO(PPO):
         tensors = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
         tensors += [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, *st.distribution_params]
         tensors += [*st.observations.values(), self._rows]
-        rates = None if self._kl_control.adaptive else tuple(group["lr"] for group in self.optimizer.param_groups)
         numbers = (
-            *(self.clip_param, self.value_loss_coef, self.entropy_coef, self.max_grad_norm, self.desired_kl, rates),
+            *(options(o, rate=o is not self.optimizer or not self._kl_control.adaptive) for o in optimizers),
+            *(self.clip_param, self.value_loss_coef, self.entropy_coef, self.max_grad_norm, self.desired_kl),
             *(self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches, self._num_controls),
             *(self.kl_coef if self._penalty_coef is None else None, self.normalize_advantage_per_mini_batch),
-            *(getattr(self, "use_mixed_precision", False), matmul_precision()),
+            *(self.nonfinite, self.kl_direction, self.global_advantage_statistics),
+            *(self.symmetry and self.symmetry.mirror_loss_coeff, getattr(self, "use_mixed_precision", False)),
         )
-        return addresses(modules, tensors), modes(modules), numbers
+        return addresses(modules, tensors), modes(modules), numbers, matmul_precision()
 
     def _raise_if_lost(self, loss_dict: dict[str, float], steps: int) -> None:
         """If none of the steps could be taken, or one could not and that is an error."""

@@ -110,7 +110,9 @@ def _takes(backend: ModuleType, t: Tensor) -> bool:
 def _is_fusible(backend: ModuleType, layer: nn.Module, activation: nn.Module) -> bool:
     if type(layer) is not nn.Linear or type(activation) is not nn.ELU or activation.alpha != 1.0:
         return False
-    if layer.bias is None or not all(_takes(backend, parameter) for parameter in layer.parameters()):
+    if layer.bias is None or not layer.bias.is_contiguous():
+        return False
+    if not all(_takes(backend, parameter) for parameter in layer.parameters()):
         return False
     return not has_own_ways(layer) and not has_own_ways(activation)
 

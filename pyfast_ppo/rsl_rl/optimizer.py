@@ -93,7 +93,7 @@ class DeviceRate:
         self._value = rate
         self._put_into_groups(rate if self.on_device else rate.item())
 
-    def begin_steps(self) -> None:
+    def look_anew(self) -> None:
         """An update begins: what the optimizer is made of may have changed since the last one."""
         self._kernels.forget()
 
@@ -102,8 +102,9 @@ class DeviceRate:
     ) -> Tensor | None:
         """Clips the gradients of each module to ``max_norm``, and takes the optimizer's step.
 
-        Nothing changes where ``skip`` (boolean, 0-dim) is true, nor where the norm of a module's gradients is NaN or
-        infinite, if ``skip_nonfinite``. Returns whether one was, 0-dim, or None if that does not matter.
+        No parameter and no state changes where ``skip`` (boolean, 0-dim) is true, nor where the norm of a module's
+        gradients is NaN or infinite, if ``skip_nonfinite``. Returns whether one was, 0-dim, or None if that does not
+        matter.
         """
         if self.can_skip:
             lost = self._kernels.step(modules, max_norm, skip=skip, skip_nonfinite=skip_nonfinite)
@@ -123,6 +124,7 @@ class DeviceRate:
 
     def end_steps(self) -> None:
         """The update ends: the optimizer's steps are its own again."""
+        self._kernels.forget()
         if self.can_skip:
             self._optimizer.found_inf = None
 

@@ -227,12 +227,42 @@ def too_many(case: Case) -> None:
         case.modules[1].append(p)
 
 
+def empty(case: Case) -> None:
+    for p in case.parameters:
+        if p.numel():
+            p.grad = None
+
+
+def without_memory(case: Case) -> None:
+    """As a DTensor, whose numbers lie in another tensor."""
+
+    class Wrapper(torch.Tensor):
+        def data_ptr(self) -> int:
+            return 0
+
+    state = case.states[case.parameters[0]]
+    state["exp_avg"] = state["exp_avg"].as_subclass(Wrapper)
+
+
+def tagged_in_float64(case: Case) -> None:
+    """Of another dtype, and read through its methods."""
+
+    class Tagged(torch.Tensor):
+        pass
+
+    state = case.states[case.parameters[0]]
+    state["exp_avg"] = state["exp_avg"].double().as_subclass(Tagged)
+
+
 def no_gradients(case: Case) -> None:
     for p in case.parameters:
         p.grad = None
 
 
-@pytest.mark.parametrize("change", [transposed, without_state, in_bfloat16, of_another_size, too_many, no_gradients])
+NOT_TAKEN = [transposed, without_state, in_bfloat16, tagged_in_float64, without_memory, of_another_size, too_many]
+
+
+@pytest.mark.parametrize("change", [*NOT_TAKEN, empty, no_gradients])
 def test_what_is_not_taken_is_not_touched(backend: str, device: str, change) -> None:
     case = Case(device)
     change(case)

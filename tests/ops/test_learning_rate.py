@@ -40,6 +40,17 @@ def test_as_rsl_rl(backend: str, device: str, dtype: torch.dtype, rise_above: fl
         assert float(present) == rate
 
 
+@pytest.mark.parametrize("kl_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_other_tensors_are_torchs(backend: str, device: str, kl_dtype: torch.dtype, shape: tuple) -> None:
+    """A float32 rate, several rates at a time, a KL in half precision: as before there were kernels for it."""
+    kl = torch.full(shape, 0.1, dtype=kl_dtype, device=device)
+    rate = torch.full(shape, 1e-3, device=device)
+    found = adapted_rate(kl, rate, **RULE, backend=backend)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, rate / 1.5)
+
+
 def test_compiles_without_a_break(backend: str, device: str) -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def following(kl: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:

@@ -219,8 +219,13 @@ def test_the_emulation_freezes_numbers_on_the_host(new_run: Callable, graphs: li
         lambda alg: alg.actor.mlp[0].weight.set_(alg.actor.mlp[0].weight.detach().clone()),
         lambda alg: alg.load(copy.deepcopy(alg.save()), None, True),
         lambda alg: [group.update(lr=1e-4) for group in alg.optimizer.param_groups],
+        lambda alg: [group.update(betas=(0.5, 0.9)) for group in alg.optimizer.param_groups],
+        lambda alg: setattr(alg, "nonfinite", "ignore"),
     ],
-    ids=["clip_param", "entropy_coef", "max_grad_norm", "mode", "requires_grad", "address", "load", "rate"],
+    ids=[
+        *("clip_param", "entropy_coef", "max_grad_norm", "mode", "requires_grad", "address", "load", "rate", "betas"),
+        "nonfinite",
+    ],
 )
 def test_it_is_recorded_anew_when_something_frozen_changes(
     change: Callable, new_run: Callable, graphs: list[GraphOnCpu]

@@ -164,6 +164,15 @@ def test_other_layers_are_left_alone(mlp: nn.Module, kernels: ModuleType, device
     assert not any(mlp_file._is_fusible(kernels, *pair) for pair in pairwise(on_device))
 
 
+def test_a_bias_that_is_every_other_number_of_another_tensor(kernels: ModuleType, device: str) -> None:
+    """Kernels read neighbours."""
+    model, x = model_of(MLP(4, 2, [8]), device), torch.randn(5, 4, device=device)
+    model.mlp[0].bias = nn.Parameter(torch.randn(16, device=device)[::2])
+    with fused_hidden_layers(kernels, model):
+        out = model.mlp(x)
+    assert torch.equal(out, model.mlp(x))
+
+
 def test_only_within_the_context(kernels: ModuleType, device: str, fused_calls: list) -> None:
     model = model_of(MLP(4, 2, [8]), device)
     x = torch.randn(5, 4, device=device)
