@@ -24,7 +24,11 @@ def newest(folder: Path) -> dict | None:
     documents = [results.load(path) for path in sorted(folder.glob(DATED))]
     if not documents:
         return None
-    subjects = {name: entry for document in documents for name, entry in document["subjects"].items()}
+    subjects = {
+        name: {"machine": document["machine"], **entry}
+        for document in documents
+        for name, entry in document["subjects"].items()
+    }
     return {**documents[-1], "subjects": subjects}
 
 

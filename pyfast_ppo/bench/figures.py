@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from pyfast_ppo.bench.results import made_with
 from pyfast_ppo.bench.tables import duration
 from pyfast_ppo.pictures import GREY, STYLE
 
@@ -68,7 +69,7 @@ def draw_loss(document: dict) -> bytes | None:
         axes.set_xlabel(("rows N" if x == "N" else "actions A") + f"   ({fixed} = {sweep[0]['case'][fixed]:,})")
     grid[0].set_ylim(bottom=bottom)
     grid[0].set_ylabel("time of the loss and all its gradients")
-    figure.suptitle(f"One mini-batch, {_where(document, 'loss')}", x=0.01, ha="left", fontsize=11, color=_INK)
+    figure.suptitle(f"One mini-batch, {made_with(document, 'loss')}", x=0.01, ha="left", fontsize=11, color=_INK)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     return _png(figure)
@@ -149,7 +150,7 @@ def _draw_panels(
     axes.set_xlabel("ms of one iteration, without the environment's steps")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    figure.suptitle(f"{title}, {_where(document, subject)}", x=0.01, ha="left", fontsize=11, color=_INK)
+    figure.suptitle(f"{title}, {made_with(document, subject)}", x=0.01, ha="left", fontsize=11, color=_INK)
     return _png(figure)
 
 
@@ -234,7 +235,7 @@ def draw_timeline(document: dict) -> bytes | None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     case = f"{row['case']['N']:,} rows, {row['case']['A']} actions"
     title = f"Log-probabilities, ratio, surrogate, value loss, entropy, KL and their gradients: {case}"
-    figure.suptitle(f"{title}\n{_where(document, 'timeline')}", x=0.01, ha="left", fontsize=11, color=_INK)
+    figure.suptitle(f"{title}\n{made_with(document, 'timeline')}", x=0.01, ha="left", fontsize=11, color=_INK)
     return _png(figure)
 
 
@@ -248,12 +249,6 @@ def draw(document: dict) -> dict[str, bytes]:
     with matplotlib.rc_context(STYLE):
         images = {name: function(document) for name, function in FIGURES.items()}
     return {name: image for name, image in images.items() if image is not None}
-
-
-def _where(document: dict, subject: str) -> str:
-    about = document["machine"]
-    hardware = about["gpu"] if about["device"] == "cuda" else f"{about['cpu']}, {about['threads']} threads"
-    return f"{hardware}, torch {about['torch']}, {document['subjects'][subject]['date']}"
 
 
 def _figure(size: tuple[float, float]) -> Figure:

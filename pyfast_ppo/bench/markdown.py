@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from pyfast_ppo.bench.results import ratios
+from pyfast_ppo.bench.results import made_with, ratios
 from pyfast_ppo.bench.sizes import SIZES
 from pyfast_ppo.bench.tables import duration
 
@@ -221,13 +221,12 @@ def _rows(document: dict, subject: str) -> list[dict]:
 
 
 def _measured(document: dict, subject: str, script: str) -> list[str]:
-    about, entry = document["machine"], document["subjects"][subject]
-    hardware = about["gpu"] if about["device"] == "cuda" else f"{about['cpu']}, {about['threads']} threads"
+    entry = document["subjects"][subject]
     commit = f", commit {entry['commit']}" if entry.get("commit") else ""
     rounds = [len(row["contenders"][row["baseline"]]["seconds"]) for row in entry["rows"]]
     counted = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else f"{rounds[0]}"
     command = f"`python bench/{script} --seconds {entry['seconds']:g}`"
-    return [f"{hardware}, torch {about['torch']}, {entry['date']}{commit}; medians of {counted} rounds: {command}", ""]
+    return [f"{made_with(document, subject)}{commit}; medians of {counted} rounds: {command}", ""]
 
 
 def _table(cells: list[list[str]]) -> list[str]:

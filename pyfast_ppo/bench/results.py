@@ -37,6 +37,7 @@ from pyfast_ppo.bench.harness import METHOD, Timing
 from pyfast_ppo.files import write_atomically
 
 SCHEMA = 1
+_INSTRUCTIONS = {"avx2": "AVX2", "avx512": "AVX-512"}
 _TIMES = ("median_s", "p10_s", "p90_s")
 
 
@@ -49,6 +50,16 @@ def new_document(device: str) -> dict:
         "method": METHOD,
         "subjects": {},
     }
+
+
+def made_with(document: dict, subject: str) -> str:
+    """What a subject was measured on and when, in words: the GPU, or the processor with its instructions; torch."""
+    entry = document["subjects"][subject]
+    about = entry.get("machine", document["machine"])
+    hardware = about["gpu"] if about["device"] == "cuda" else f"{about['cpu']}, {about['threads']} threads"
+    used = about["backends"].get("cpu", "") if about["device"] == "cpu" else ""
+    instructions = "".join(f", {name}" for isa, name in _INSTRUCTIONS.items() if isa in used)
+    return f"{hardware}{instructions}, torch {about['torch']}, {entry['date']}"
 
 
 def add(document: dict, subject: str, rows: list[dict], seconds: float) -> None:

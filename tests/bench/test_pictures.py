@@ -46,6 +46,7 @@ def test_plot_draws_the_newest_of_each_machine(document, load_script, tmp_path, 
     (there / "note.json").write_text("{}")
     (tmp_path / "page.md").write_text("<!-- results: loss some-machine -->\n<!-- /results -->\n")
     old, new = ({**document, "subjects": {n: document["subjects"][n]}} for n in ("update", "loss"))
+    old["machine"] = {**old["machine"], "backends": {"cpu": "C++ (avx512), 2 threads"}, "torch": "2.9"}
     (there / "2026-01-01.json").write_bytes(results.dumps(old))
     (there / "2026-01-02.json").write_bytes(results.dumps(new))
     plot = load_script("plot")
@@ -56,6 +57,9 @@ def test_plot_draws_the_newest_of_each_machine(document, load_script, tmp_path, 
         == 0
     )
     assert "| 24,576 | 12 |" in (tmp_path / "page.md").read_text()
+    newest = plot.newest(there)  # each subject with the machine that it was measured on
+    assert ", AVX-512, torch 2.9, " in results.made_with(newest, "update")
+    assert ", AVX-512, torch 2.9, " not in results.made_with(newest, "loss")
     drawn = sorted(path.name for path in tmp_path.glob("*.png"))
     assert drawn == ["bench-iteration-some-machine.png", "bench-loss-some-machine.png"]
     assert capsys.readouterr().out.count("some-machine.png") == 2
