@@ -529,8 +529,6 @@ class FusedPPO(PPO):
     def _steps(self) -> Run:
         """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
         run = Run(self.kl_coef if self._penalty_coef is None else self._penalty_coef)
-        for rate in self._rates():
-            rate.look_anew()
         self._kl_control.begin()
         compiled = self.actor is not self._raw_actor
         models = () if compiled else (self._raw_actor, self._raw_critic)

@@ -93,10 +93,6 @@ class DeviceRate:
         self._value = rate
         self._put_into_groups(rate if self.on_device else rate.item())
 
-    def look_anew(self) -> None:
-        """An update begins: what the optimizer is made of may have changed since the last one."""
-        self._kernels.forget()
-
     def step(
         self, modules: Sequence[nn.Module], max_norm: float, *, skip: Tensor | None, skip_nonfinite: bool
     ) -> Tensor | None:
@@ -123,7 +119,7 @@ class DeviceRate:
         return lost
 
     def end_steps(self) -> None:
-        """The update ends: the optimizer's steps are its own again."""
+        """The update ends: the optimizer's steps are its own again, and what it is made of may change."""
         self._kernels.forget()
         if self.can_skip:
             self._optimizer.found_inf = None
