@@ -1,4 +1,4 @@
-// The next learning rate: one launch in place of the twenty that torch's operators take.
+// The next learning rate: one launch in place of a chain of operators.
 #include "schedule.h"
 
 #include "launch.cuh"
