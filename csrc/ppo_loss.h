@@ -47,13 +47,14 @@ PYFAST_PPO_INLINE double rows_of_metric(int metric, const PpoLossArgs& args) {
 }
 
 // Completes the metrics, in their place: the mean of log std, summed over actions, becomes the entropy; the loss is
-// made of the others. The coefficients are those of value loss, entropy and KL.
+// made of the others. The coefficients are those of value loss, entropy and KL. With a coefficient of 0 a KL that
+// overflowed is left out, as it is of the gradients; one of faulty rows shows.
 PYFAST_PPO_INLINE void finish_metrics(double* metrics, int64_t num_actions, double of_value, double of_entropy,
                                       double of_kl) {
   metrics[kEntropy] += kHalfLog2PiE * static_cast<double>(num_actions);
   metrics[kMaxRatio] += 0.0 * metrics[kApproxKl];  // NaN if a ratio was
-  metrics[kLoss] =
-      metrics[kSurrogate] + of_value * metrics[kValueLoss] - of_entropy * metrics[kEntropy] + of_kl * metrics[kKl];
+  const double kl = of_kl != 0.0 || metrics[kNonfinite] > 0.0 ? of_kl * metrics[kKl] : 0.0;
+  metrics[kLoss] = metrics[kSurrogate] + of_value * metrics[kValueLoss] - of_entropy * metrics[kEntropy] + kl;
 }
 
 }  // namespace pyfast_ppo

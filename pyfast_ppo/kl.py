@@ -56,7 +56,8 @@ def estimate(log_ratio: Tensor, estimator: str = "k3", sampled_from: str = "old"
                             one std of the other policy is √2 times that of the sampled one, or more
     ======  ==============  ===========================================================================
 
-    k3 is no Taylor expansion; k2 is the second-order term of k3. eˣ is clamped to e^{±20}.
+    k3 is no Taylor expansion; k2 is the second-order term of k3. eˣ is clamped to e^{±20}; beyond, k3 grows by the
+    distance |x| - 20.
 
     Args:
         log_ratio: ℓ. Any shape.
@@ -81,10 +82,10 @@ def estimate(log_ratio: Tensor, estimator: str = "k3", sampled_from: str = "old"
 def control_variate(log_ratio: Tensor, sampled_from: str = "old", weight: float | None = None) -> Tensor:
     """k1 + weight · (eˣ - 1), x as in ``estimate``: unbiased for every fixed weight, because eˣ - 1 has mean 0.
 
-    A weight of 0 is k1, of 1 is k3. The least variance is that of weight c* = Cov(x, eˣ) / Var(eˣ), which for a shift
-    of the mean by K nats is 2K / (e^{2K} - 1). ``weight=None`` estimates c* for each sample from all *others*: the
-    weight is then independent of the sample that it multiplies, and the mean stays unbiased. c* from all samples
-    together would bias it.
+    A weight of 0 is k1, of 1 is k3 (up to |x| = 20, where eˣ is clamped). The least variance is that of weight
+    c* = Cov(x, eˣ) / Var(eˣ), which for a shift of the mean by K nats is 2K / (e^{2K} - 1). ``weight=None`` estimates
+    c* for each sample from all *others*: the weight is then independent of the sample that it multiplies, and the mean
+    stays unbiased. c* from all samples together would bias it.
 
     Args:
         log_ratio: ℓ of independent samples. Any shape; for ``weight=None`` at least 3 of them.
@@ -142,8 +143,9 @@ def loss(log_ratio: Tensor, direction: str = "old_new", sampled_from: str = "old
         form: "k1", "k2" or "k3".
 
     Returns:
-        As ``log_ratio``, in nats, to be averaged and minimised. r is clamped to e^{±20}. First derivatives only: the
-        coefficient is a constant to autograd, so that a second derivative is wrong, and not refused.
+        As ``log_ratio``, in nats, to be averaged and minimised. r is clamped to e^{±20}; beyond, the value of k3 grows
+        by the distance |ℓ| - 20. First derivatives only: the coefficient is a constant to autograd, so that a second
+        derivative is wrong, and not refused.
 
     Raises:
         ValueError: An unknown name, or a form that has not this gradient.

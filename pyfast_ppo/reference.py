@@ -144,9 +144,11 @@ def _kl_loss_terms(x: Tensor, which: int) -> tuple[Tensor, Tensor]:
 
 
 def k3(x: Tensor) -> Tensor:
-    """eˣ - 1 - x; the exponential is clamped, the logarithm is not: an outlier stays visible."""
+    """eˣ - 1 - x with the exponential clamped: beyond it grows by the distance, so that it is never negative and an
+    outlier stays visible.
+    """
     clamped = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return expm1_minus(clamped) + (clamped - x)
+    return expm1_minus(clamped) + (x - clamped).abs()
 
 
 def ppo_loss(
@@ -187,9 +189,8 @@ def ppo_loss(
     # clipped surrogate
     log_ratio = gaussian_log_prob(actions, mean, std) - old_log_prob  # [N]
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
-    correction = clamped - log_ratio.detach()
-    # log_ratio + correction would not be clamped: past 10⁷ float32 rounds the correction by more than 1. The zero that
-    # has the gradient is NaN if the log-ratio is not finite, so that it shows.
+    # log_ratio + (clamped - log_ratio).detach() would not be clamped: past 10⁷ float32 rounds the difference by more
+    # than 1. The zero that has the gradient is NaN if the log-ratio is not finite, so that it shows.
     ratio = torch.exp(clamped + (log_ratio - log_ratio.detach()))
     # torch's stubs have clamp for two numbers and for two tensors, but not for what may be either
     clipped_ratio = torch.clamp(ratio, 1.0 - clip_param, 1.0 + clip_param)  # type: ignore[arg-type]
@@ -216,16 +217,19 @@ def ppo_loss(
         kl_rows = gaussian_kl(old_mean, old_std, new_mean, new_std)
     kl = kl_rows.mean()
 
-    loss = surrogate + value_loss_coef * value_loss - entropy_coef * entropy + kl_coef * kl
-
     with torch.no_grad():
-        approx_kl = (expm1_minus(clamped) + correction).mean()
+        approx_kl = k3(log_ratio).mean()
         clip_fraction = ((ratio < 1.0 - clip_param) | (ratio > 1.0 + clip_param)).to(dtype).mean()
         fine = torch.isfinite(log_ratio)
         for rollout in (values, advantages, returns, old_values):
             fine = fine & torch.isfinite(rollout)
         old_fine = (torch.isfinite(old_mean) & torch.isfinite(old_std) & (old_std > 0)).all(-1)
         nonfinite = (~fine).sum() + (fine[:num_original] & ~old_fine).sum()
+
+    # nor does it reach the loss then; that of a faulty row does, so that it shows
+    kl_term = torch.where((nonfinite > 0) | (kl_coef != 0.0), kl_coef * kl, 0.0)
+    loss = surrogate + value_loss_coef * value_loss - entropy_coef * entropy + kl_term
+    with torch.no_grad():
         metrics = torch.stack(
             [loss, surrogate, value_loss, entropy, kl, approx_kl, clip_fraction, ratio.max(), nonfinite.to(dtype)]
         )

@@ -153,7 +153,7 @@ class EarlyStop:
             kl: Mean KL of this mini-batch, before its step, in nats. 0-dim.
             stopped: What the call before has returned; None at the first mini-batch of an update.
         """
-        beyond = ~(kl <= self.limit)  # NaN is beyond, too
+        beyond = ~((kl <= self.limit) & torch.isfinite(kl))
         return beyond if stopped is None else stopped | beyond
 
 

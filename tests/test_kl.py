@@ -137,6 +137,17 @@ def test_k3_is_accurate_near_zero(sampled_from: str) -> None:
             assert abs(one - float(mpmath.expm1(x) - x)) <= 1e-6 * abs(one)
 
 
+@pytest.mark.parametrize("sampled_from", ["old", "new"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_of_outliers_grows(sampled_from: str, dtype: torch.dtype) -> None:
+    """On either side, though eˣ is clamped: no outlier makes a mean of k3 smaller."""
+    log_ratio = torch.cat([torch.linspace(0, 30, 100), torch.logspace(1.5, 30, 100), torch.tensor([torch.inf])])
+    for sign in (1, -1):
+        got = kl.estimate(sign * log_ratio.to(dtype), "k3", sampled_from)
+        assert (got.diff()[:-1] >= 0.0).all()
+        assert got[-1] == torch.inf
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +192,7 @@ def test_outliers_stay_finite(case: tuple[str, str, str]) -> None:
     value.sum().backward()
     assert torch.isfinite(value).all()
     assert torch.isfinite(log_ratio.grad).all()
+    assert case[2] != "k3" or (kl.loss(1e10 * log_ratio, *case) >= 0.0).all()
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfast_ppo.schedules import AdaptivePenalty, ProportionalSchedule
+from pyfast_ppo.schedules import AdaptivePenalty, EarlyStop, ProportionalSchedule
 
 DESIRED = 0.01
 
@@ -50,6 +50,19 @@ def test_rates_stay_in_their_range() -> None:
 )  # fmt: skip
 def test_adaptive_penalty(kl: float, change: float) -> None:
     assert AdaptivePenalty(DESIRED).update(number(kl), number(0.25)).item() == 0.25 * change
+
+
+@pytest.mark.parametrize(
+    ("kl", "stops"),
+    [(DESIRED, False), (0.0, False), (-1.0, False), (DESIRED * 1.1, True), (math.inf, True), (-math.inf, True),
+     (math.nan, True)],
+)  # fmt: skip
+def test_early_stop(kl: float, stops: bool) -> None:
+    rule = EarlyStop(DESIRED)
+    stopped = rule.update(number(kl), None)
+    assert stopped.item() is stops
+    assert rule.update(number(0.0), stopped).item() is stops
+    assert EarlyStop(math.inf).update(number(kl), None).item() is not math.isfinite(kl)
 
 
 def test_adaptive_penalty_can_always_recover() -> None:

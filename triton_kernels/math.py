@@ -55,6 +55,12 @@ def exp_terms(x):
 
 
 @triton.jit
+def k3(expm1_minus_x, clamped, x):
+    """eˣ - 1 - x from that of ``clamped``; beyond the clamp it grows by the distance, so that it is never negative."""
+    return expm1_minus_x + tl.abs(x - clamped)
+
+
+@triton.jit
 def log1p_remainder(x):
     """(x - log(1 + x)) / x² for 1 + x in [sqrt(1/2), sqrt(2)): minimax to 8e-9."""
     total = 1.16315447e-1 - x * 6.90237209e-2
@@ -113,8 +119,8 @@ def kl_loss_terms(x, WHICH: tl.constexpr):
     clamped = tl.where(x < -MAX_LOG_RATIO, -MAX_LOG_RATIO, tl.where(x > MAX_LOG_RATIO, MAX_LOG_RATIO, x))
     r, phi = exp_terms(clamped)
     inv_r, phi_down = exp_terms(-clamped)
-    k3_old = phi + (clamped - x)  # (r - 1) - x
-    k3_new = phi_down + (x - clamped)  # (1/r - 1) + x
+    k3_old = k3(phi, clamped, x)  # (r - 1) - x
+    k3_new = k3(phi_down, clamped, x)  # (1/r - 1) + x
     if WHICH == OLD_NEW_OLD_K1:
         value, coefficient = -x, tl.zeros_like(x) - 1.0
     elif WHICH == OLD_NEW_OLD_K3:

@@ -16,6 +16,7 @@ from .math import (
     MAX_LOG_RATIO,
     exp_terms,
     is_finite,
+    k3,
     kl_terms,
     log_or_nan,
     ratio_terms,
@@ -40,8 +41,8 @@ def surrogate_terms(log_ratio, advantage, lo, hi):
     """(ratio, loss, d loss / d log π, k3, whether outside the clip range) of each row; as csrc/math/ppo.h."""
     clamped = tl.where(log_ratio < -MAX_LOG_RATIO, -MAX_LOG_RATIO, log_ratio)
     clamped = tl.where(clamped > MAX_LOG_RATIO, MAX_LOG_RATIO, clamped)
-    clamped += log_ratio - log_ratio  # an infinite or NaN log-ratio must show as NaN
     ratio, expm1_minus_x = exp_terms(clamped)
+    ratio += log_ratio - log_ratio  # NaN if the log-ratio is infinite, so that it shows
     clipped = tl.where(ratio < lo, lo, tl.where(ratio > hi, hi, ratio))
     inside = (ratio >= lo) & (ratio <= hi)
     plain_loss = -advantage * ratio
@@ -49,7 +50,7 @@ def surrogate_terms(log_ratio, advantage, lo, hi):
     passed = tl.where(inside, 1.0, _max_weight(plain_loss, clipped_loss))
     loss = tl.where(plain_loss > clipped_loss, plain_loss, clipped_loss)
     outside = tl.where((ratio < lo) | (ratio > hi), 1.0, 0.0)
-    return ratio, loss, plain_loss * passed, expm1_minus_x + (clamped - log_ratio), outside
+    return ratio, loss, plain_loss * passed, k3(expm1_minus_x, clamped, log_ratio), outside
 
 
 @triton.jit
@@ -336,7 +337,10 @@ def _finish(
     metrics += tl.where(which == MAX_RATIO, 0.0 * _entry(metrics, APPROX_KL), 0.0)  # NaN if a ratio was
     weights = tl.where(which == SURROGATE, 1.0, tl.where(which == VALUE_LOSS, value_loss_coef, 0.0))
     weights += tl.where(which == ENTROPY, -entropy_coef, tl.where(which == KL, kl_coef, 0.0))
-    loss = tl.sum(tl.where((which >= SURROGATE) & (which <= KL), weights * metrics, 0.0), 0)
+    # with a coefficient of 0 a KL that overflowed is left out; one of faulty rows shows
+    kl_counts = tl.where(kl_coef != 0.0, 1.0, _entry(metrics, NONFINITE)) > 0.0
+    last = tl.where(kl_counts, KL, ENTROPY)
+    loss = tl.sum(tl.where((which >= SURROGATE) & (which <= last), weights * metrics, 0.0), 0)
     metrics = tl.where(which == LOSS, loss, metrics)
     tl.store(metrics_ptr + which, metrics.to(tl.float32), mask=which < NUM_METRICS)
     if SHARED_STD:

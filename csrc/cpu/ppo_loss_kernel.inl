@@ -47,7 +47,11 @@ struct PpoLossKernel {
     read_into(args.std, A, call.std_row);
     for (int64_t j = 0; j < A; ++j) call.inv_std[j] = reciprocal_or_nan(call.std_row[j]);
     call.sum_log_std = 0.0;
-    for (int64_t j = 0; j < A; ++j) call.sum_log_std += log_or_nan(static_cast<double>(call.std_row[j]));
+    for (int64_t j = 0; j < A; ++j) {  // a float that is subnormal is a normal double
+      const T std = call.std_row[j];
+      const double log_std = log_or_nan(static_cast<double>(std));
+      call.sum_log_std += is_positive_normal(std) ? log_std : std::numeric_limits<double>::quiet_NaN();
+    }
     repeat_row(call.std_row, A, call.tile_rows, call.std_tile);
     repeat_row(call.inv_std, A, call.tile_rows, call.inv_std);
     if (call.old_std_per_row) return;

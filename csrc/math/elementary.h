@@ -65,6 +65,13 @@ PYFAST_PPO_INLINE ExpTerms<float> exp_terms(float x) {
   return {exp_x, e.n == 0.0f ? e.expm1_minus_f : (e.power * e.expm1_f + (e.power - 1.0f)) - x};
 }
 
+// e^x - 1 - x, the k3 estimate of a KL, with the exponential clamped: beyond kMaxLogRatio it grows by the distance, so
+// that it never falls below 0 and a far outlier stays visible. `of_clamped` are the terms of x where it was clamped to.
+template <class T>
+PYFAST_PPO_INLINE T k3(const ExpTerms<T>& of_clamped, T clamped, T x) {
+  return of_clamped.expm1_minus_x + std::fabs(x - clamped);
+}
+
 // e^x - 1, to rounding for 0 as for -20, its least argument; NaN for NaN. 2^n - 1 is exact, and 0 where x is small.
 PYFAST_PPO_INLINE float expm1_below_zero(float x) {
   const ReducedExp e = reduced_exp(x);

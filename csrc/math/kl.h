@@ -28,16 +28,16 @@ struct KlLossTerms {
   T coefficient;
 };
 
-// e^x is clamped to e^{+-20}, x elsewhere is not: an outlier stays visible. A loop in which `which` is constant keeps
-// one of the cases only.
+// e^x is clamped to e^{+-20}, x elsewhere is not: an outlier stays visible in the value. A loop in which `which` is
+// constant keeps one of the cases only.
 template <class T>
 PYFAST_PPO_INLINE KlLossTerms<T> kl_loss_terms(KlLoss which, T x) {
   constexpr T limit = T(kMaxLogRatio);
   const T clamped = x < -limit ? -limit : (x > limit ? limit : x);
   const ExpTerms<T> up = exp_terms(clamped), down = exp_terms(-clamped);  // e^x, e^-x
   const T r = up.exp;
-  const T k3_old = up.expm1_minus_x + (clamped - x);    // (r - 1) - x
-  const T k3_new = down.expm1_minus_x + (x - clamped);  // (1/r - 1) + x
+  const T k3_old = k3(up, clamped, x);      // (r - 1) - x
+  const T k3_new = k3(down, -clamped, -x);  // (1/r - 1) + x
   switch (which) {
     case KlLoss::kOldNewOldK1:
       return {-x, T(-1)};

@@ -37,19 +37,17 @@ template <class T>
 PYFAST_PPO_INLINE SurrogateTerms<T> surrogate_terms(T log_ratio, T advantage, ClipRange<T> range) {
   const T lo = range.lo, hi = range.hi;
   constexpr T limit = T(kMaxLogRatio);
-  T clamped = log_ratio < -limit ? -limit : (log_ratio > limit ? limit : log_ratio);
-  clamped += log_ratio - log_ratio;  // an infinite or NaN log-ratio must show as NaN
+  const T clamped = log_ratio < -limit ? -limit : (log_ratio > limit ? limit : log_ratio);
   const ExpTerms<T> e = exp_terms(clamped);
-  const T ratio = e.exp;
+  const T ratio = e.exp + (log_ratio - log_ratio);  // NaN if the log-ratio is infinite, so that it shows
   const T clipped = ratio < lo ? lo : (ratio > hi ? hi : ratio);
   const bool inside = ratio >= lo && ratio <= hi;
   const T plain_loss = -advantage * ratio;
   const T clipped_loss = -advantage * clipped;
   const T weight = max_weight(plain_loss, clipped_loss);
   const T passed = inside ? T(1) : weight;  // inside, both arguments pass their share: together 1
-  // exp is clamped, the k3 estimate's "- log r" is not: a far outlier stays visible in it
-  return {ratio, plain_loss > clipped_loss ? plain_loss : clipped_loss, plain_loss * passed,
-          e.expm1_minus_x + (clamped - log_ratio), ratio < lo || ratio > hi ? T(1) : T(0)};
+  return {ratio, plain_loss > clipped_loss ? plain_loss : clipped_loss, plain_loss * passed, k3(e, clamped, log_ratio),
+          ratio < lo || ratio > hi ? T(1) : T(0)};
 }
 
 template <class T>

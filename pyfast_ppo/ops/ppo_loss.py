@@ -59,7 +59,7 @@ class PPOLossOutput:
 
     @property
     def approx_kl(self) -> Tensor:
-        """Mean over all rows of (r - 1) - log r, Schulman's k3 estimate of KL(old‖new)."""
+        """Mean over all rows of (r - 1) - log r, Schulman's k3 estimate of KL(old‖new), as ``kl.estimate`` has it."""
         return self._metric("approx_kl")
 
     @property
@@ -168,7 +168,7 @@ def ppo_loss(
         value_loss_coef: Weight of the value loss.
         entropy_coef: Weight of the entropy.
         use_clipped_value_loss: Clip the value step as in Schulman et al. 2017; else the plain squared error.
-        kl_coef: Weight of the exact KL. 0 keeps it out of the gradients.
+        kl_coef: Weight of the exact KL. 0 keeps a KL that overflows out of the loss and of the gradients.
         kl_direction: "old_new" for KL(old‖new), "new_old" for KL(new‖old).
         num_original: Only the first rows enter the entropy and the KL (symmetry augmentation). None: all.
         row_index: Which rows of the rollout these are: row i of ``mean``, ``std`` and ``values`` belongs to row

@@ -222,7 +222,8 @@ def test_surrogate(probe: Probe, dtype: type) -> None:
     assert largest_error(loss, np.maximum(-a * r, -a * clipped)) < bound
     assert largest_error(d_log_prob, np.where(unclipped_counts, -a * r, mpmath.mpf(0))) < bound
     assert outside.tolist() == [float(x < low or x > high) for x in r]
-    assert largest_error(approx_kl, exact_expm1(clamped) - e) < (1e-6 if dtype == np.float32 else 1e-15)
+    want_kl = exact_expm1(clamped) - clamped + np.abs(e - clamped)
+    assert largest_error(approx_kl, want_kl) < (1e-6 if dtype == np.float32 else 1e-15)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -230,8 +231,19 @@ def test_surrogate(probe: Probe, dtype: type) -> None:
 def test_surrogate_of_a_log_ratio_that_is_not_finite(probe: Probe, dtype: type, log_ratio: float) -> None:
     advantage = np.array([-1.0, 0.0, 1.0], dtype)
     ratio, loss, d_log_prob, approx_kl, _ = probe("surrogate", dtype(log_ratio), advantage, dtype(0.8), dtype(1.2))
-    for out in (ratio, loss, d_log_prob, approx_kl):
+    for out in (ratio, loss, d_log_prob):
         assert np.isnan(out).all()
+    assert (np.isnan(approx_kl) if np.isnan(log_ratio) else approx_kl == np.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_k3_grows_with_the_distance(probe: Probe, dtype: type) -> None:
+    """On either side, to infinity: e^x is clamped."""
+    log_ratio = np.concatenate([np.linspace(0, 30, 200), np.geomspace(30, 1e30, 200), [np.inf]]).astype(dtype)
+    for sign in (1, -1):
+        approx_kl = probe("surrogate", sign * log_ratio, dtype(1.0), dtype(0.8), dtype(1.2))[3]
+        assert (np.diff(approx_kl[:-1]) >= 0).all()
+        assert approx_kl[-1] == np.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,17 @@ def test_std_that_is_not_positive(
         assert not torch.isfinite(out.loss)
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_subnormal_std(backend: str, device: str, per_row: bool) -> None:
+    """Positive, but 1/std is beyond float32: NaN in everything that is made of it."""
+    inputs = make_inputs(6, 3, std_per_row=per_row, device=device)
+    inputs["std"].view(-1, 3)[-1, 2] = 1e-40
+    out, _ = ppo_loss_and_grad(**inputs, backend=backend)
+    assert float(out.nonfinite) == (1.0 if per_row else 6.0)
+    assert torch.isnan(out.entropy)
+    assert torch.isnan(out.loss)
+
+
 def test_several_faults_in_one_row_count_once(backend: str, device: str) -> None:
     inputs = make_inputs(NUM_ROWS, NUM_ACTIONS, std_per_row=True, old_std_per_row=True, device=device)
     for name in NAMES:
@@ -108,8 +121,9 @@ def test_ratio_that_overflows(backend: str, device: str, advantage: float, log_r
     assert float(out.max_ratio) == pytest.approx(max(ratio, 1.0), rel=1e-5)
     assert float(out.clip_fraction) == pytest.approx(1 / 3)
     assert float(out.nonfinite) == 0.0
-    # k3's exponential is clamped, its logarithm is not: a far outlier stays visible
-    assert float(out.approx_kl) == pytest.approx((ratio - 1.0 - log_ratio) / 3, rel=1e-5)
+    # k3's exponential is clamped; beyond the clamp it grows by the distance: a far outlier stays visible
+    clamped = 20.0 if log_ratio > 0 else -20.0
+    assert float(out.approx_kl) == pytest.approx((ratio - 1.0 - clamped + abs(log_ratio - clamped)) / 3, rel=1e-5)
     mean, std, actions = (inputs[name].double().cpu() for name in ("mean", "std", "actions"))
     z = (actions - mean) / std
     want_mean = (-advantage * ratio * flows / 3) * z[0] / std.expand(3, 2)[0]
@@ -118,6 +132,28 @@ def test_ratio_that_overflows(backend: str, device: str, advantage: float, log_r
     got_std = grads["std"][0] if std_per_row else grads["std"]
     torch.testing.assert_close(got_std.double().cpu(), want_std, rtol=1e-4, atol=1e-4 * float(want_std.abs().max()))
     assert not grads["mean"][1:].any()
+
+
+@pytest.mark.parametrize("old_log_prob", [-1e9, -1e30, 1e30])
+def test_approx_kl_of_an_outlier_is_large(backend: str, device: str, old_log_prob: float) -> None:
+    inputs = make_inputs(4, 2, device=device)
+    inputs["old_log_prob"][1] = old_log_prob
+    for function in (ppo_loss, ppo_loss_and_grad, ppo_loss_reference):
+        out = function(**inputs, **({} if function is ppo_loss_reference else {"backend": backend}))
+        out = out[0] if isinstance(out, tuple) else out
+        assert float(out.approx_kl) == pytest.approx(abs(old_log_prob) / 4 + (old_log_prob < 0) * math.exp(20) / 4)
+        assert float(out.nonfinite) == 0.0
+
+
+@pytest.mark.parametrize("old_log_prob", [-math.inf, math.inf])
+def test_approx_kl_of_an_infinite_log_ratio(backend: str, device: str, old_log_prob: float) -> None:
+    inputs = make_inputs(4, 2, device=device)
+    inputs["old_log_prob"][1] = old_log_prob
+    out = ppo_loss(**inputs, backend=backend)
+    assert float(out.approx_kl) == math.inf
+    assert torch.isnan(out.max_ratio)
+    assert torch.isnan(out.loss)
+    assert float(out.nonfinite) == 1.0
 
 
 @pytest.mark.parametrize("std", [1e-3, 1e-4, 1e-5])
@@ -142,21 +178,25 @@ def test_std_that_collapsed(backend: str, device: str, std: float, advantage: fl
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("direction", ["old_new", "new_old"])
 @pytest.mark.parametrize("std_per_row", [False, True])
-def test_kl_that_overflows_stays_out_of_the_gradients(
+def test_kl_that_overflows_stays_out_of_loss_and_gradients(
     backend: str, device: str, as_tensor: bool, direction: str, std_per_row: bool
 ) -> None:
     """With kl_coef = 0 the KL is a metric only: as in the stock, it may be infinite and the update goes on."""
     inputs = make_inputs(NUM_ROWS, NUM_ACTIONS, std_per_row=std_per_row, old_std_per_row=True, device=device)
     kl_coef = torch.zeros((), device=device) if as_tensor else 0.0
     options = {"kl_coef": kl_coef, "kl_direction": direction, "backend": backend}
-    _, good = call_with_autograd(ppo_loss, inputs, **options)
+    good_out, good = call_with_autograd(ppo_loss, inputs, **options)
     inputs["old_mean"][BAD_ROW] = 1e30
     inputs["old_std"][BAD_ROW - 1] = 1e-30
     inputs["old_std"][BAD_ROW - 2] = 1e30
     out, grads = call_with_autograd(ppo_loss, inputs, **options)
     assert not torch.isfinite(out.kl)
+    assert float(out.nonfinite) == 0.0
+    assert torch.equal(out.loss, good_out.loss)
     for name in DIFFERENTIABLE:
         assert torch.equal(grads[name], good[name]), name
+    inputs["old_mean"][BAD_ROW] = float("inf")
+    assert not torch.isfinite(ppo_loss(**inputs, **options).loss), "what is no overflow, but a fault, shows"
 
 
 def test_ratios_at_the_end_of_the_exponential(backend: str, device: str) -> None:
