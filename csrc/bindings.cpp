@@ -48,22 +48,20 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     gae(args, use_double, num_threads);
   });
-  m.def("add_bias_and_elu", [](const std::tuple<int64_t, int64_t, int>& sizes, const py::object& x,
-                               const py::object& bias) {  // contiguous float32, as the caller has seen to
-    const auto [num_rows, num_cols, num_threads] = sizes;
-    float* data = static_cast<float*>(output(x).data);
-    const float* bias_data = static_cast<const float*>(view(bias, "bias", true).data);
-    py::gil_scoped_release release;
-    add_bias_and_elu(num_rows, num_cols, data, bias_data, num_threads);
-  });
+  m.def("add_bias_and_elu",
+        [](const std::tuple<int64_t, int64_t, int>& sizes, const py::object& x, const py::object& bias) {
+          const auto [num_rows, num_cols, num_threads] = sizes;
+          const EluArgs args = elu_args(num_rows, num_cols, x, bias);
+          py::gil_scoped_release release;
+          add_bias_and_elu(args.num_rows, args.num_cols, args.x, args.bias, num_threads);
+        });
   m.def("add_bias_and_elu_backward", [](const std::tuple<int64_t, int64_t, int>& sizes, const py::object& grad_y,
                                         const py::object& y, const py::object& grad_x, const py::object& grad_bias) {
     const auto [num_rows, num_cols, num_threads] = sizes;
-    const float* inputs[] = {static_cast<const float*>(view(grad_y, "grad_y").data),
-                             static_cast<const float*>(view(y, "y").data)};
-    float* outputs[] = {static_cast<float*>(output(grad_x).data), static_cast<float*>(output(grad_bias).data)};
+    const EluBackwardArgs args = elu_backward_args(num_rows, num_cols, grad_y, y, grad_x, grad_bias);
     py::gil_scoped_release release;
-    add_bias_and_elu_backward(num_rows, num_cols, inputs[0], inputs[1], outputs[0], outputs[1], num_threads);
+    add_bias_and_elu_backward(args.num_rows, args.num_cols, args.grad_y, args.y, args.grad_x, args.grad_bias,
+                              num_threads);
   });
   m.def("gaussian_log_prob", [](const PyShape& s, const py::object& actions, const py::object& mean,
                                 const py::object& std, const py::object& out) {

@@ -274,6 +274,44 @@ inline bool read_floats(py::handle tensor, float** data, int64_t* count, dlpack:
   return true;
 }
 
+// The address of contiguous float32 of `count` elements, on the device of the tensors before it.
+inline float* floats(py::handle tensor, const char* name, int64_t count, dlpack::Device* device) {
+  float* data;
+  if (read_floats(tensor, &data, &count, device)) return data;
+  throw py::value_error(std::string(name) + " must be contiguous float32 of " + std::to_string(count) +
+                        " elements in memory, on the device of the other tensors");
+}
+
+// What the forward and the backward pass of a hidden layer's activation take, on any device; x is [num_rows, num_cols].
+struct EluArgs {
+  int64_t num_rows, num_cols;
+  float* x;
+  const float* bias;
+};
+
+inline EluArgs elu_args(int64_t num_rows, int64_t num_cols, const py::object& x, const py::object& bias) {
+  dlpack::Device device{};
+  return {num_rows, num_cols, floats(x, "x", num_rows * num_cols, &device), floats(bias, "bias", num_cols, &device)};
+}
+
+struct EluBackwardArgs {
+  int64_t num_rows, num_cols;
+  const float *grad_y, *y;
+  float *grad_x, *grad_bias;
+};
+
+inline EluBackwardArgs elu_backward_args(int64_t num_rows, int64_t num_cols, const py::object& grad_y,
+                                         const py::object& y, const py::object& grad_x, const py::object& grad_bias) {
+  const int64_t count = num_rows * num_cols;
+  dlpack::Device device{};
+  return {num_rows,
+          num_cols,
+          floats(grad_y, "the incoming gradient", count, &device),
+          floats(y, "y", count, &device),
+          floats(grad_x, "grad_x", count, &device),
+          floats(grad_bias, "grad_bias", num_cols, &device)};
+}
+
 // What a step of Adam takes, on any device. Rows: (parameter, exp_avg, exp_avg_sq, step, number of its module), in the
 // order of the modules; parameters without a gradient are left out. The rule: beta1, beta2, eps, weight_decay, and
 // whether that is decoupled. False where a tensor is not as the kernels take it, or all are empty: the caller then has

@@ -107,24 +107,22 @@ void bind(py::module_ m) {
   m.def("elu_partials", &elu_partials);
   m.def("elu_counters", &elu_counters);
   m.def("add_bias_and_elu", [](const std::tuple<int64_t, int64_t>& sizes, const py::object& x, const py::object& bias,
-                               const PyStream& where) {  // contiguous float32, as the caller has seen to
-    float* const data = static_cast<float*>(output(x).data);
-    const float* const of_column = static_cast<const float*>(view(bias, "bias", true).data);
+                               const PyStream& where) {
+    const EluArgs args = elu_args(std::get<0>(sizes), std::get<1>(sizes), x, bias);
     const WithoutGil other_threads_run;
-    add_bias_and_elu(std::get<0>(sizes), std::get<1>(sizes), data, of_column, stream(where));
+    add_bias_and_elu(args.num_rows, args.num_cols, args.x, args.bias, stream(where));
   });
-  m.def("add_bias_and_elu_backward", [](const std::tuple<int64_t, int64_t>& sizes, const py::object& grad_y,
-                                        const py::object& y, const py::object& grad_x, const py::object& grad_bias,
-                                        const py::tuple& scratch, const PyStream& where) {
-    const float* const inputs[] = {static_cast<const float*>(view(grad_y, "grad_y").data),
-                                   static_cast<const float*>(view(y, "y").data)};
-    float* const outputs[] = {static_cast<float*>(output(grad_x).data), static_cast<float*>(output(grad_bias).data)};
-    float* const partials = static_cast<float*>(address_of(scratch[0]));
-    unsigned* const counters = static_cast<unsigned*>(address_of(scratch[1]));
-    const WithoutGil other_threads_run;
-    add_bias_and_elu_backward(std::get<0>(sizes), std::get<1>(sizes), inputs[0], inputs[1], outputs[0], outputs[1],
-                              partials, counters, stream(where));
-  });
+  m.def("add_bias_and_elu_backward",
+        [](const std::tuple<int64_t, int64_t>& sizes, const py::object& grad_y, const py::object& y,
+           const py::object& grad_x, const py::object& grad_bias, const py::tuple& scratch, const PyStream& where) {
+          const EluBackwardArgs args =
+              elu_backward_args(std::get<0>(sizes), std::get<1>(sizes), grad_y, y, grad_x, grad_bias);
+          float* const partials = static_cast<float*>(address_of(scratch[0]));
+          unsigned* const counters = static_cast<unsigned*>(address_of(scratch[1]));
+          const WithoutGil other_threads_run;
+          add_bias_and_elu_backward(args.num_rows, args.num_cols, args.grad_y, args.y, args.grad_x, args.grad_bias,
+                                    partials, counters, stream(where));
+        });
   m.def("gaussian_blocks", [](const PyShape& s) { return gaussian_blocks(shape(s)); });
   m.def("gaussian_kl_loss", [](const PyShape& s, int which, const py::tuple& inputs, const py::object& old_log_prob,
                                const py::object& value, const py::object& coefficient, const PyStream& where) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -18,7 +19,14 @@ def hidden_layers(backend: ModuleType, x: Tensor, *parameters: Tensor) -> Tensor
         x: [N, H₀], N > 0.
         parameters: W [H₁, H₀] and b [H₁] of each layer in turn.
 
-    All are float32 on the backend's device. That is for the caller to see to, who can take torch's own way instead.
+    Returns:
+        [N, H], float32, also under autocast.
+
+    Raises:
+        ValueError: A tensor that is not float32, or a bias that is not contiguous. All lie on the backend's device.
+
+    ELU's derivative for x < 0 is taken from its result, y + 1, which is all that is kept: eˣ to within 3e-8, so that
+    the gradient of a unit far below 0 is right to 3e-8 of the incoming one, not of itself.
     """
     return _HiddenLayers.apply(backend, x, *parameters)
 
@@ -27,8 +35,9 @@ class _HiddenLayers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: ModuleType, x: Tensor, *parameters: Tensor) -> Tensor:
         outputs, weights = [x], parameters[::2]
-        for weight, bias in zip(weights, parameters[1::2], strict=True):
-            outputs.append(backend.add_bias_and_elu(torch.mm(outputs[-1], weight.t()), bias))
+        with _without_autocast(x):
+            for weight, bias in zip(weights, parameters[1::2], strict=True):
+                outputs.append(backend.add_bias_and_elu(torch.mm(outputs[-1], weight.t()), bias))
         ctx.backend = backend
         ctx.save_for_backward(*outputs, *weights)
         ctx.inputs = parameters[1::2]  # the others are saved
@@ -42,11 +51,20 @@ class _HiddenLayers(torch.autograd.Function):
         _, needs_x, *needs = ctx.needs_input_grad
         grads: list[Tensor | None] = []
         grad = grad.contiguous()
-        for i in reversed(range(count)):
-            last = i == count - 1  # its gradient is autograd's, the others are our own
-            grad, grad_bias = ctx.backend.add_bias_and_elu_backward(grad, outputs[i + 1], in_place=not last)
-            grad_weight = torch.mm(grad.t(), outputs[i]) if needs[2 * i] else None
-            grads[:0] = [grad_weight, grad_bias]
-            if i > 0 or needs_x:
-                grad = torch.mm(grad, weights[i])
+        with _without_autocast(grad):
+            for i in reversed(range(count)):
+                last = i == count - 1  # its gradient is autograd's, the others are our own
+                grad, grad_bias = ctx.backend.add_bias_and_elu_backward(grad, outputs[i + 1], in_place=not last)
+                grad_weight = torch.mm(grad.t(), outputs[i]) if needs[2 * i] else None
+                grads[:0] = [grad_weight, grad_bias]
+                if i > 0 or needs_x:
+                    grad = torch.mm(grad, weights[i])
         return None, grad if needs_x else None, *grads
+
+
+def _without_autocast(t: Tensor) -> AbstractContextManager:
+    """Products stay float32, as the kernels take them: a backward pass may run under autocast, too."""
+    device_type = t.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

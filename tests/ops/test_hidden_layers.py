@@ -130,6 +130,37 @@ def test_layers_after_each_other_against_float64(kernels: ModuleType, device: st
         assert (found - wanted).abs().max() < 3e-6 * wanted.abs().max()
 
 
+def test_autocast(kernels: ModuleType, device: str) -> None:
+    """Products stay float32 forward and backward, as the kernels take them."""
+    leaves = [drawn(*shape, device=device).requires_grad_() for shape in ((40, 6), (33, 6), (33,), (16, 33), (16,))]
+    grad = drawn(40, 16, device=device)
+    out = hidden_layers(kernels, *leaves)
+    want = [out, *torch.autograd.grad(out, leaves, grad)]
+    with torch.autocast(device, torch.bfloat16):
+        under = hidden_layers(kernels, *leaves)
+        got = [under, *torch.autograd.grad(under, leaves, grad)]
+        assert torch.is_autocast_enabled(device)
+    assert all(map(torch.equal, got, want))
+
+
+def test_what_kernels_do_not_take(kernels: ModuleType, device: str) -> None:
+    """Memory is read and written by address: anything else would be read as float32."""
+    x, weight, bias = drawn(40, 6, device=device), drawn(8, 6, device=device), drawn(8, device=device)
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"^x must be contiguous float32 of 320 elements"):
+            hidden_layers(kernels, *(t.to(dtype) for t in (x, weight, bias)))
+        with pytest.raises(ValueError, match=r"^bias must be contiguous float32 of 8 elements"):
+            hidden_layers(kernels, x, weight, bias.to(dtype))
+    with pytest.raises(ValueError, match=r"^bias must be contiguous float32 of 8 elements"):
+        hidden_layers(kernels, x, weight, drawn(16, device=device)[::2])
+    with pytest.raises(ValueError, match=r"^bias must be contiguous float32 of 8 elements"):
+        hidden_layers(kernels, x, weight, bias[:4])
+    y, grad = drawn(2, 40, 8, device=device)
+    for wrong in (grad.double(), grad.bfloat16(), grad.t().contiguous().t(), grad[:20]):
+        with pytest.raises(ValueError, match=r"^the incoming gradient must be contiguous float32 of 320 elements"):
+            kernels.add_bias_and_elu_backward(wrong, y)
+
+
 @pytest.mark.skipif("cpu" not in FUSING, reason="the C++ kernels are not here")
 def test_the_same_bits_for_any_number_of_threads(restore_threads: None) -> None:
     x, grad = drawn(2, 5000, 37, device="cpu")
