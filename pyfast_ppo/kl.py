@@ -5,7 +5,8 @@ samples are actions of the old policy (PPO), or of the new one (fine-tuning agai
 What an estimator's *value* estimates and what the *gradient* of its value estimates are two questions with different
 answers: ``estimate`` answers the first and is made to be logged, ``loss`` the second and is made to be minimised.
 
-float16 and bfloat16 log-ratios are computed with in float32. What is then too large for float16 is its largest number.
+float16 and bfloat16 log-ratios and logits are computed with in float32. What is then too large for float16 is its
+largest number.
 
 Where the policies are Gaussian or categorical, the exact forms have no action noise at all: prefer them.
 
@@ -260,6 +261,10 @@ def sequence_loss(
             f"direction {direction!r} from samples of the {sampled_from} policy needs products of ratios over the "
             "whole sequence, whose variance explodes; sample the other policy, or use loss() per step"
         )
+    if step_kl is not None:
+        check_tensor("step_kl", step_kl)
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     for name, t in (("step_kl", step_kl), ("mask", mask)):
         if t is not None and t.shape != log_ratio.shape:
             raise ValueError(f"{name} must have the shape {list(log_ratio.shape)}, got {list(t.shape)}")
@@ -344,7 +349,11 @@ def categorical(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """
     check_tensor("logits_p", logits_p)
     check_tensor("logits_q", logits_q)
-    log_p, log_q = torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)
+    return narrowed(_categorical(logits_p, logits_q), torch.promote_types(logits_p.dtype, logits_q.dtype))
+
+
+def _categorical(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    log_p, log_q = torch.log_softmax(widened(logits_p), -1), torch.log_softmax(widened(logits_q), -1)
     possible = log_p > -torch.inf
     d = torch.where(possible, log_q - torch.where(possible, log_p, 0.0), 0.0)  # no -inf - -inf, whose gradient is NaN
     p, q = log_p.exp(), log_q.exp()
@@ -375,8 +384,8 @@ def multi_categorical(logits_p: Tensor, logits_q: Tensor, sizes: list[int]) -> T
                 f"{name} must have {sum(sizes)} = sum of sizes in its last dimension, got {logits.shape[-1]}"
             )
     parts = zip(logits_p.split(sizes, -1), logits_q.split(sizes, -1), strict=True)
-    first, *others = [categorical(p, q) for p, q in parts]
-    return sum(others, first)
+    first, *others = [_categorical(p, q) for p, q in parts]
+    return narrowed(sum(others, first), torch.promote_types(logits_p.dtype, logits_q.dtype))
 
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -388,6 +388,27 @@ def test_sequences_of_small_dtypes(dtype: torch.dtype, sampled_from: str) -> Non
     assert_rounded(x.grad, wide.grad, dtype)
 
 
+@SMALL
+@pytest.mark.parametrize("step", [1.0, 0.1, 0.02])
+def test_categorical_of_small_dtypes(dtype: torch.dtype, step: float) -> None:
+    """Near equality nothing cancels in 8 bits; of several distributions the sum is rounded once."""
+    g = torch.Generator().manual_seed(6)
+    p = torch.randn(40, 16, generator=g).to(dtype).requires_grad_()
+    q = (p.detach() + step * torch.randn(40, 16, generator=g)).to(dtype).requires_grad_()
+    wide = [t.detach().double().requires_grad_() for t in (p, q)]
+    for function in (kl.categorical, lambda p, q: kl.multi_categorical(p, q, [4] * 4)):
+        got, want = function(p, q), function(*wide)
+        assert_rounded(got.detach(), want.detach(), dtype)
+        grads, want_grads = torch.autograd.grad(got.sum(), (p, q)), torch.autograd.grad(want.sum(), wide)
+        for one, other in zip(grads, want_grads, strict=True):
+            assert one.dtype == dtype
+            torch.testing.assert_close(one.double(), other, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    impossible = p.detach().clone()
+    impossible[:, 2] = -torch.inf
+    assert torch.isinf(kl.categorical(q, impossible)).all()
+    assert kl.categorical(p, q.double()).dtype == torch.float64
+
+
 # --- wrong arguments --------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +419,15 @@ def test_what_is_no_tensor_of_floats(function: Callable) -> None:
             function(wrong)
     with pytest.raises(TypeError, match=r"^log_ratio must be float32, .* got torch.int64"):
         function(torch.zeros(3, dtype=torch.int64))
+
+
+def test_sequences_with_what_is_no_tensor() -> None:
+    x = torch.zeros(3)
+    for wrong in ([True] * 3, np.ones(3)):
+        with pytest.raises(TypeError, match=f"^mask must be a tensor, got {type(wrong).__name__}"):
+            kl.sequence_loss(x, mask=wrong)
+        with pytest.raises(TypeError, match=f"^step_kl must be a tensor, got {type(wrong).__name__}"):
+            kl.sequence_loss(x, step_kl=wrong)
 
 
 def test_logits_that_are_no_tensor_of_floats() -> None:
