@@ -120,7 +120,11 @@ inline TensorObject read_in_any_way(py::handle tensor) {
                                    [&](const auto& entry) { return entry.first == dtype.ptr(); });
   if (known == torch.dtypes.end()) throw py::type_error("no kernel takes a " + py::str(dtype).cast<std::string>());
   out.dtype = known->second;
-  out.data = address_of(tensor);
+  try {
+    out.data = address_of(tensor);
+  } catch (py::error_already_set& error) {  // torch's, of a batch under vmap
+    if (!error.matches(PyExc_RuntimeError)) throw;
+  }
   const py::tuple strides = own(PyObject_CallMethodNoArgs(tensor.ptr(), torch.stride));
   const py::tuple shape = own(PyObject_GetAttr(tensor.ptr(), torch.shape));
   out.dims = static_cast<int64_t>(strides.size());
@@ -139,9 +143,10 @@ inline bool is_no_address(const void* data) { return reinterpret_cast<uintptr_t>
 inline bool lacks_memory(const TensorObject& t) { return is_no_address(t.data) && t.shape[0] * t.shape[1] != 0; }
 
 [[noreturn]] inline void refuse_without_memory(const char* name) {
-  throw py::value_error(std::string(name) +
-                        " has no memory of its own (a DTensor, FakeTensor or freed storage); pass its local tensor, or "
-                        "backend='eager'");
+  throw py::value_error(
+      std::string(name) +
+      " has no memory of its own (a DTensor, FakeTensor, freed storage, or a batch of gradients under "
+      "vmap); pass its local tensor, or backend='eager'");
 }
 
 inline TensorObject read_tensor(py::handle tensor, const char* name) {

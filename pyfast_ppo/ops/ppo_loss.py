@@ -290,7 +290,7 @@ def ppo_loss_reference(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
         value_loss_coef, entropy_coef, use_clipped_value_loss, kl_coef, kl_direction, num_original, row_index,
     )  # fmt: skip
-    loss, metrics = reference.ppo_loss(*_gathered(call))
+    loss, metrics = reference.ppo_loss(*_gathered(_without_rollout_gradients(call)))
     return PPOLossOutput(loss, metrics)
 
 
@@ -304,7 +304,7 @@ def _prepare(
     use_clipped_value_loss, kl_new_old = bool(use_clipped_value_loss), kl_direction == "new_old"
     if _is_plain(numbers, kl_direction, num_original, row_index):
         dtype = backends.plain_dtype(inputs)
-        if dtype is not None:  # the common case, at a fraction of the cost of what follows
+        if dtype is not None:  # the common case, at a fraction of the cost of what follows; kernels see no gradients
             return _Call(*inputs, *numbers, use_clipped_value_loss, kl_new_old, mean.shape[0], dtype, None)
     leading = arguments.check_matrix("mean", mean)
     device, shape = mean.device, mean.shape
@@ -332,19 +332,17 @@ def _prepare(
         if rollout_shape[-1] != shape[-1]:
             raise ValueError(f"actions must have {shape[-1]} action dimensions, as mean has, got {rollout_shape[-1]}")
         row_index = arguments.row_index("row_index", row_index, num_rows, device)
-    return _Call(
+    call = _Call(
         mean=arguments.rows("mean", mean, shape, device),
         std=arguments.row_or_rows("std", std, shape, device),
         values=arguments.vector("values", values, leading, device),
-        actions=_data(arguments.rows("actions", actions, rollout_shape, device)),
-        old_log_prob=_data(arguments.vector("old_log_prob", old_log_prob, rollout, device)),
-        old_mean=_data(arguments.rows("old_mean", old_mean, _either(old_mean, original_shape, rollout_shape), device)),
-        old_std=_data(
-            arguments.row_or_rows("old_std", old_std, _either(old_std, original_shape, rollout_shape), device)
-        ),
-        advantages=_data(arguments.vector("advantages", advantages, rollout, device)),
-        returns=_data(arguments.vector("returns", returns, rollout, device)),
-        old_values=_data(arguments.vector("old_values", old_values, rollout, device)),
+        actions=arguments.rows("actions", actions, rollout_shape, device),
+        old_log_prob=arguments.vector("old_log_prob", old_log_prob, rollout, device),
+        old_mean=arguments.rows("old_mean", old_mean, _either(old_mean, original_shape, rollout_shape), device),
+        old_std=arguments.row_or_rows("old_std", old_std, _either(old_std, original_shape, rollout_shape), device),
+        advantages=arguments.vector("advantages", advantages, rollout, device),
+        returns=arguments.vector("returns", returns, rollout, device),
+        old_values=arguments.vector("old_values", old_values, rollout, device),
         clip_param=clip_param,
         value_loss_coef=arguments.coefficient("value_loss_coef", value_loss_coef, device),
         entropy_coef=arguments.coefficient("entropy_coef", entropy_coef, device),
@@ -355,6 +353,7 @@ def _prepare(
         dtype=reference.arithmetic_dtype(*inputs),
         row_index=row_index,
     )
+    return _without_rollout_gradients(call)
 
 
 def _is_plain(numbers: tuple, kl_direction: str, num_original: int | None, row_index: Tensor | None) -> bool:
@@ -392,9 +391,9 @@ def _is_eager(backend: str | None, device_type: str) -> bool:
     return backends.select(backend, torch.device(device_type)).name == "eager"
 
 
-def _data(t: Tensor) -> Tensor:
-    """The rollout has no gradients."""
-    return t.detach() if t.requires_grad else t
+def _without_rollout_gradients(call: _Call) -> _Call:
+    names = _Call._fields[3:_NUM_TENSORS]
+    return call._replace(**{name: t.detach() for name in names if (t := getattr(call, name)).requires_grad})
 
 
 def _scalable(t: Tensor) -> Tensor:
@@ -421,6 +420,8 @@ class _PPOLoss(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx, grads, grad_loss, _):
+        if grad_loss is None:  # what was made of the loss gave it no gradient
+            return (None,) * len(ctx.needs_input_grad)
         if not _is_known_to_be_one(grad_loss):
             grads = _scale(grad_loss, grads)
         return *grads, None, None
@@ -428,11 +429,19 @@ class _PPOLoss(torch.autograd.Function):
 
 def _is_known_to_be_one(grad_loss: Tensor) -> bool:
     # only in host memory: on a device the question would have to wait for the answer
-    return grad_loss.device.type == "cpu" and not torch.compiler.is_compiling() and grad_loss.item() == 1.0
+    if grad_loss.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    try:
+        return grad_loss.item() == 1.0
+    except RuntimeError:  # a batch of gradients has no one number
+        return False
 
 
 def _scale(grad_loss: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return torch._foreach_mul(list(grads), grad_loss)
+    try:
+        return torch._foreach_mul(list(grads), grad_loss)
+    except RuntimeError:  # torch has no rule for a batch of gradients
+        return tuple(grad * grad_loss for grad in grads)
 
 
 # --- the operator that torch.compile sees ---------------------------------------------------------------------------

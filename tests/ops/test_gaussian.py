@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mpmath
 import pytest
 import torch
-from backends_here import rows_that_it_can
+from backends_here import NATIVE, rows_that_it_can
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from second_derivative import WAYS
@@ -355,6 +355,23 @@ def test_gradients_by_finite_differences(backend: str, device: str, operation: O
     )
     arguments = [t.requires_grad_() for t in arguments]
     assert torch.autograd.gradcheck(lambda *args: operation.function(*args, backend=backend), arguments)
+
+
+@pytest.mark.parametrize("backend", NATIVE, indirect=True)
+def test_batch_of_gradients(backend: str, device: str, operation: Operation) -> None:
+    """By the eager backend; a kernel, which takes one, says so."""
+    leaves = [t.requires_grad_() for t in make_arguments(operation.names, (6, 3), device=device)]
+    value = operation.function(*leaves, backend=backend)
+    factors = torch.randn(4, *value.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    if backend == "eager":
+        got = torch.autograd.grad(value, leaves, factors, is_grads_batched=True, retain_graph=True)
+        for i, factor in enumerate(factors):
+            for batch, want in zip(got, torch.autograd.grad(value, leaves, factor, retain_graph=True), strict=True):
+                torch.testing.assert_close(batch[i], want)
+        return
+    message = r"^the incoming gradient has no memory of its own \(.*a batch of gradients.*backend='eager'"
+    with pytest.raises(ValueError, match=message):
+        torch.autograd.grad(value, leaves, factors, is_grads_batched=True)
 
 
 def test_compiled(backend: str, device: str, operation: Operation) -> None:

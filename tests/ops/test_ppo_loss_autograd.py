@@ -170,6 +170,67 @@ def test_rollout_gets_no_gradient(inputs: Inputs, backend: str) -> None:
     assert not ppo_loss(**rollout_only, kl_coef=0.5, backend=backend).loss.requires_grad
 
 
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 1}, {"num_original": 50}, {"row_index": True}], ids=str)
+def test_rollout_gets_no_gradient_of_the_reference(inputs: Inputs, device: str, options: dict) -> None:
+    """Whichever way its arguments were checked."""
+    if "row_index" in options:
+        options = {"row_index": torch.arange(50, device=device)}
+    leaves = with_leaves(inputs, NAMES)
+    ppo_loss_reference(**leaves, **options).loss.backward()
+    assert {name for name in NAMES if leaves[name].grad is not None} == set(DIFFERENTIABLE)
+    rollout_only = with_leaves(inputs, tuple(name for name in NAMES if name not in DIFFERENTIABLE))
+    assert not ppo_loss_reference(**rollout_only, **options).loss.requires_grad
+
+
+class NoGradient(torch.autograd.Function):
+    """As of an operation whose result is only looked at."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> None:
+        return None
+
+
+def test_a_loss_that_gets_no_gradient(inputs: Inputs, backend: str) -> None:
+    leaves = with_leaves(inputs)
+    loss = NoGradient.apply(ppo_loss(**leaves, backend=backend).loss)
+    (loss + leaves["mean"].sum()).backward()
+    assert torch.equal(leaves["mean"].grad, torch.ones_like(leaves["mean"]))
+    assert leaves["std"].grad is None or not leaves["std"].grad.any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "eager"], indirect=True)
+@pytest.mark.parametrize("std_per_row", [False, True])
+def test_gradcheck(backend: str, device: str, std_per_row: bool) -> None:
+    """Finite differences, undefined and batched gradients: all that torch asks of a Function in reverse mode."""
+    dtypes = dict.fromkeys(NAMES, torch.float64)
+    inputs = make_inputs(5, 3, std_per_row=std_per_row, dtypes=dtypes, device=device)
+    leaves = with_leaves(inputs)
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return ppo_loss(
+            **{**inputs, **dict(zip(DIFFERENTIABLE, leaves, strict=True))}, kl_coef=0.5, backend=backend
+        ).loss
+
+    of = [leaves[name] for name in DIFFERENTIABLE]
+    assert torch.autograd.gradcheck(loss, of, check_batched_grad=True)
+    vectorized, one_by_one = (torch.autograd.functional.jacobian(loss, tuple(of), vectorize=v) for v in (True, False))
+    assert_same_bits(vectorized, one_by_one)
+
+
+def test_batch_of_gradients(inputs: Inputs, grads: dict[str, Tensor], backend: str, device: str) -> None:
+    leaves = with_leaves(inputs)
+    loss = ppo_loss(**leaves, backend=backend).loss
+    factors = torch.tensor([1.0, -2.0, 0.0], device=device)
+    got = torch.autograd.grad(loss, [leaves[name] for name in DIFFERENTIABLE], factors, is_grads_batched=True)
+    for name, batch in zip(DIFFERENTIABLE, got, strict=True):
+        for factor, grad in zip(factors, batch, strict=True):
+            assert torch.equal(grad, factor * grads[name])
+
+
 def test_coefficients_get_no_gradient(inputs: Inputs, backend: str) -> None:
     coefficient = torch.tensor(0.5, device=inputs["mean"].device, requires_grad=True)
     ppo_loss(**with_leaves(inputs), kl_coef=coefficient, backend=backend).loss.backward()
