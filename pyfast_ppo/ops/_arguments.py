@@ -7,15 +7,17 @@ import numbers
 import torch
 from torch import Tensor
 
-from pyfast_ppo.ops.shared_row import SharedRow, is_shared_row
+from pyfast_ppo.ops.shared_row import is_shared_row, shared_row
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, t: Tensor) -> None:
-    """``t`` is a floating-point tensor."""
+    """``t`` is a dense floating-point tensor."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
     if t.dtype not in DTYPES:
         raise TypeError(
             f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}; convert it with .float()"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyfast_ppo import backends, reference
 from pyfast_ppo.ops import _arguments as arguments
@@ -190,7 +192,8 @@ def ppo_loss(
     Faults in the data (std ≤ 0, NaN, infinity) are not looked for on the host: they are counted in ``nonfinite`` and
     show in the loss.
 
-    ``torch.func`` (grad, vmap, jvp) transforms ``ppo_loss_reference``, not this.
+    ``torch.func`` (grad, vmap, jvp) transforms ``ppo_loss_reference``, not this. Forward-mode differentiation is
+    refused with a RuntimeError.
     """
     call = _prepare(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
@@ -203,6 +206,8 @@ def ppo_loss(
             return PPOLossOutput(loss, metrics)
         loss, metrics, *_ = torch.ops.pyfast_ppo.ppo_loss(*_to_op(_gathered(call)), backend)
         return PPOLossOutput(loss, metrics.detach())
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(mean, std, values)
     run = backends.select(backend, call.mean.device, call.dtype)
     arguments_of_run = call if run.GATHERS else _gathered(call)
     if torch.is_grad_enabled() and (call.mean.requires_grad or call.std.requires_grad or call.values.requires_grad):
@@ -250,6 +255,8 @@ def ppo_loss_and_grad(
     if torch.compiler.is_compiling() and not _is_eager(backend, mean.device.type):
         _, *outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(_gathered(call)), backend)
     else:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(mean, std, values)
         run = backends.select(backend, call.mean.device, call.dtype)
         outputs = run.ppo_loss(*(call if run.GATHERS else _gathered(call)))
     metrics, grad_mean, grad_std, grad_values = outputs
@@ -308,7 +315,7 @@ def _prepare(
             return _Call(*inputs, *numbers, use_clipped_value_loss, kl_new_old, mean.shape[0], dtype, None)
     leading = arguments.check_matrix("mean", mean)
     device, shape = mean.device, mean.shape
-    num_rows = leading.numel()
+    num_rows = math.prod(leading)  # numel() would make a number of a symbol of torch.export
     if isinstance(num_original, Integral) and not isinstance(num_original, (bool, int)):
         num_original = int(num_original)  # NumPy's
     if num_original is None:
@@ -403,6 +410,12 @@ def _scalable(t: Tensor) -> Tensor:
 
 def _either(t: Tensor, first: torch.Size, second: torch.Size) -> torch.Size:
     return first if isinstance(t, Tensor) and t.shape == first else second
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Those of forward-mode differentiation (torch.autograd.forward_ad, torch.func.jvp), which kernels would lose."""
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("ppo_loss has no derivative in forward mode; ppo_loss_reference has one")
 
 
 class _PPOLoss(torch.autograd.Function):

@@ -10,7 +10,8 @@ def is_shared_row(t: Tensor) -> bool:
     """Whether [..., A] is an expanded view of one row: stride 0 in every leading dimension that has more than one
     entry.
 
-    A leaf that requires a gradient is not: each of its elements then has a gradient of its own.
+    A leaf that requires a gradient is not: each of its elements then has a gradient of its own. (A tangent has not:
+    torch lays it out as the tensor.)
     """
     if t.dim() < 2 or 0 not in t.stride() or (t.is_leaf and t.requires_grad):
         return False
@@ -18,21 +19,36 @@ def is_shared_row(t: Tensor) -> bool:
     return bool(leading) and all(stride == 0 for stride in leading)
 
 
-class SharedRow(torch.autograd.Function):
+def shared_row(t: Tensor) -> Tensor:
     """The row [A] behind an expanded view [..., A].
 
     The gradient of the row goes back in equal parts to the N rows of the view. Whatever the view was expanded from sums
     over them, so that it gets the row's gradient; no [N, A] memory is written.
     """
+    # torch.compile does not trace a Function that knows forward mode
+    return (_SharedRow if torch.compiler.is_compiling() else _SharedRowWithTangent).apply(t)
+
+
+class _SharedRow(torch.autograd.Function):
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, t: Tensor) -> Tensor:
-        ctx.shape = t.shape
+    def forward(t: Tensor) -> Tensor:
         return t[(0,) * (t.dim() - 1)].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         return spread_over_rows(grad, ctx.shape)
+
+
+class _SharedRowWithTangent(_SharedRow):
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return tangent.mean(tuple(range(tangent.dim() - 1)))
 
 
 def spread_over_rows(grad: Tensor, shape: torch.Size) -> Tensor:

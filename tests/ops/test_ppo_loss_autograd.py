@@ -27,6 +27,7 @@ from ppo_loss_oracle import (
 )
 from second_derivative import WAYS
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import pyfast_ppo
@@ -339,6 +340,72 @@ def test_reference_has_a_second_derivative(device: str) -> None:
     torch.testing.assert_close(second.sum(), (plus["mean"] - minus["mean"]).sum() / (2 * h), rtol=1e-5, atol=1e-8)
 
 
+# --- forward mode and torch.func --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("function", [ppo_loss, ppo_loss_and_grad])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_forward_mode_is_refused(inputs: Inputs, backend: str, function: Callable, name: str, expanded: bool) -> None:
+    """A tangent must not get lost without a word; the rollout may have one."""
+    tangent = torch.ones_like(inputs[name])
+
+    def call(x: Tensor, of: str = name) -> Tensor:
+        changed = {**inputs, of: x}
+        if expanded:
+            changed["std"] = changed["std"].expand_as(inputs["mean"])
+        out = function(**changed, backend=backend)
+        return (out if function is ppo_loss else out[0]).loss
+
+    message = "ppo_loss has no derivative in forward mode; ppo_loss_reference has one"
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match=message):
+            call(forward_ad.make_dual(inputs[name], tangent))
+        with pytest.raises(RuntimeError, match=message):
+            call(forward_ad.make_dual(inputs[name].clone().requires_grad_(), tangent))
+        assert torch.equal(
+            call(inputs[name]), call(forward_ad.make_dual(inputs["returns"], inputs["returns"]), "returns")
+        )
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(call, (inputs[name],), (tangent,))
+
+
+EXPANDED = {
+    "ppo_loss_reference": lambda inputs, std: ppo_loss_reference(**{**inputs, "std": std}, kl_coef=0.5).loss,
+    "gaussian_log_prob": lambda inputs, std: pyfast_ppo.gaussian_log_prob(
+        inputs["actions"], inputs["mean"], std, backend="eager"
+    ).sum(),
+    "gaussian_kl": lambda inputs, std: pyfast_ppo.gaussian_kl(
+        inputs["mean"], std, inputs["old_mean"], inputs["old_std"], backend="eager"
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_transforms_of_an_expanded_std(name: str) -> None:
+    """torch.func, where one row stands for all: as of a row that is copied."""
+    inputs = make_inputs(6, 3, dtypes=dict.fromkeys(NAMES, torch.float64))
+    std, direction = inputs["std"], torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+
+    def of_view(std: Tensor) -> Tensor:
+        return EXPANDED[name](inputs, std.expand(6, 3))
+
+    def of_copy(std: Tensor) -> Tensor:
+        return EXPANDED[name](inputs, std.expand(6, 3).clone())
+
+    func = torch.func
+    stds = torch.stack([std, 2 * std])
+    for transformed in (
+        func.grad,
+        lambda f: lambda std: func.jvp(f, (std,), (direction,))[1],
+        lambda f: lambda std: func.vmap(f)(stds),
+        lambda f: lambda std: func.vmap(func.grad(f))(stds),
+        func.hessian,
+        lambda f: func.jacrev(func.jacrev(f)),
+    ):
+        torch.testing.assert_close(transformed(of_view)(std), transformed(of_copy)(std))
+
+
 # --- autocast ---------------------------------------------------------------------------------------------------------
 
 
@@ -499,6 +566,26 @@ def test_opcheck(inputs: Inputs, backend: str, device: str, leaves: tuple[str, .
         options = {name: torch.tensor(0.5, device=device) for name in names}
     arguments = op_arguments(with_leaves(inputs, leaves), backend, **options)
     torch.library.opcheck(torch.ops.pyfast_ppo.ppo_loss.default, arguments)
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs).loss
+
+
+@pytest.mark.parametrize("function", [ppo_loss, ppo_loss_reference])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_any_number_of_rows(function: Callable, strict: bool) -> None:
+    inputs, more = (tuple(make_inputs(num_rows, 3, old_std_per_row=True).values()) for num_rows in (6, 9))
+    rows = torch.export.Dim("rows", min=4)  # 3 of them could be mistaken for a row [A]
+    shapes = tuple({0: rows} if t.shape[0] == 6 else {} for t in inputs)
+    exported = torch.export.export(Loss(function), inputs, dynamic_shapes=(shapes,), strict=strict).module()
+    for changed in (inputs, more):
+        torch.testing.assert_close(exported(*changed), function(*changed).loss)
 
 
 # --- equal bits -------------------------------------------------------------------------------------------------------
