@@ -63,7 +63,7 @@ def row_or_rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -
     if t.shape != shape:
         raise ValueError(f"{name} must have the shape [{shape[-1]}] or {list(shape)}, got {list(t.shape)}")
     if is_shared_row(t):
-        return SharedRow.apply(t)
+        return shared_row(t)
     t = t.contiguous()
     return t if t.dim() == 2 else t.reshape(-1, shape[-1])
 

@@ -48,8 +48,7 @@ def gaussian_entropy(std: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         ValueError, TypeError, RuntimeError: As ``ppo_loss``.
     """
-    if not isinstance(std, Tensor):
-        raise TypeError(f"std must be a tensor, got {type(std).__name__}")
+    arguments.check_tensor("std", std)
     if std.dim() == 0:
         raise ValueError("std must be [A] or [N, A] (any leading dimensions), got shape []")
     matrix = std if std.dim() > 1 else std.view(1, std.shape[0])

@@ -135,6 +135,20 @@ def test_tensor_of_several_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
+# --- tensors that are not dense ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors are made on the CPU")
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn], ids=lambda f: f.__name__)
+def test_not_dense(operation: tuple, sparse: Callable[[Tensor], Tensor]) -> None:
+    function, inputs = operation
+    for name, t in inputs.items():
+        if t.dtype == torch.bool:
+            continue
+        with pytest.raises(TypeError, match=rf"^{name} must be a dense tensor, got layout torch\.\w+"):
+            function(**{**inputs, name: sparse(t)})
+
+
 # --- torch's negative bit ---------------------------------------------------------------------------------------------
 
 
