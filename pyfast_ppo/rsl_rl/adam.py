@@ -22,10 +22,9 @@ _GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 class KernelSteps:
     """What the kernels need of an optimizer, looked at once per update: users may change it between two of them."""
 
-    def __init__(self, optimizer: Optimizer, backend: str | None) -> None:
-        """``backend``: as in FusedPPO."""
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Nothing is looked at yet."""
         self._optimizer: Any = optimizer
-        self._backend = backend
         self.forget()
 
     def forget(self) -> None:
@@ -35,12 +34,21 @@ class KernelSteps:
         self._is_known = False
 
     def step(
-        self, modules: Sequence[nn.Module], max_norm: float, *, skip: Tensor | None, skip_nonfinite: bool
+        self,
+        modules: Sequence[nn.Module],
+        max_norm: float,
+        *,
+        skip: Tensor | None,
+        skip_nonfinite: bool,
+        backend: str | None,
     ) -> Tensor | None:
-        """As ``ops.adam.adam_step``, for all parameters of the modules; None where torch has to take the step."""
+        """As ``ops.adam.adam_step``, for all parameters of the modules; None where torch has to take the step.
+
+        ``backend``: as in FusedPPO.
+        """
         if not self._is_known:
             self._is_known = True
-            self._rule = self._find_rule(modules)
+            self._rule = self._find_rule(modules, backend)
         if self._rule is None:
             return None
         rate = self._optimizer.param_groups[0]["lr"]
@@ -52,7 +60,7 @@ class KernelSteps:
                 rate=rate if isinstance(rate, Tensor) else float(rate),
                 skip=skip,
                 skip_nonfinite=skip_nonfinite,
-                backend=backends.select(self._backend, self._rows[0].parameter.device),
+                backend=backends.select(backend, self._rows[0].parameter.device),
             )
             if lost is not None:
                 return lost
@@ -61,7 +69,7 @@ class KernelSteps:
         self._rule = None
         return None
 
-    def _find_rule(self, modules: Sequence[nn.Module]) -> AdamRule | None:
+    def _find_rule(self, modules: Sequence[nn.Module], backend: str | None) -> AdamRule | None:
         """If the optimizer does what the kernels do, with all parameters of these modules and no others."""
         optimizer = self._optimizer
         if type(optimizer) not in (Adam, AdamW) or "step" in vars(optimizer):
@@ -83,7 +91,7 @@ class KernelSteps:
         device, rate = of_modules[0].device, optimizer.param_groups[0]["lr"]
         if isinstance(rate, Tensor) and (rate.device != device or rate.dtype not in (torch.float32, torch.float64)):
             return None
-        if not backends.select(self._backend, device).FUSES_UPDATE:
+        if not backends.select(backend, device).FUSES_UPDATE:
             return None
         self._rows = self._rows_of(modules)
         return rules[0]

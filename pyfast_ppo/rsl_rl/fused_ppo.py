@@ -17,6 +17,7 @@ from rsl_rl.modules.distribution import GaussianDistribution
 from rsl_rl.storage import RolloutStorage
 from tensordict import TensorDict
 from torch import Tensor
+from torch.optim import Optimizer
 
 from pyfast_ppo import backends
 from pyfast_ppo.ops.gae import gae
@@ -28,10 +29,10 @@ from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, matmul_precision, modes, options
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import RULE_KL, Run
-from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, own_methods, rows_of, sees_whole_batches
+from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, own_methods, rows_of, works_row_by_row
 from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place, widest_layer
 from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, first_nonfinite, statistics_in_place
-from pyfast_ppo.rsl_rl.optimizer import DeviceRate
+from pyfast_ppo.rsl_rl.optimizer import DeviceRate, fitting_option
 from pyfast_ppo.rsl_rl.policy import (
     SampleInstead,
     detach_last_forward,
@@ -169,11 +170,6 @@ class FusedPPO(PPO):
                 "No fused backend for %s: FusedPPO runs plain PyTorch, no faster than PPO; see `pyfast-ppo doctor`.",
                 self.device,
             )
-        _check_names(
-            kl_direction=kl_direction, kl_rule=kl_rule, time_out_bootstrap=time_out_bootstrap, nonfinite=nonfinite
-        )
-        if kl_target is not None and not kl_coef > 0.0:
-            raise ValueError(f"kl_target adapts kl_coef, which must then be positive at the start, got {kl_coef}")
         if reshuffle and self._recurrent:
             raise ValueError("reshuffle needs feed-forward models: the mini-batches of recurrent ones are not drawn")
         self.backend = backend
@@ -200,20 +196,19 @@ class FusedPPO(PPO):
         self._own_methods: list[str] = []  # of the storage
         self.kl_target = kl_target
         self.early_stop_kl = early_stop_kl
+        self._check_settings()
         self._stock_reason: str | None = None
         if reason := reason_not_fused(self._raw_actor):
             self._fall_back(reason)
             return
         distribution = self._raw_actor.distribution
         self._std_is_parameter = std_is_parameter(distribution)
-        self._without_sampling: Callable[[], AbstractContextManager] = (
-            nullcontext if keep_random_stream else SampleInstead(distribution, mean_of)
-        )
+        self._without_sampling = SampleInstead(distribution, mean_of)
         if type(distribution).sample is GaussianDistribution.sample:
             self._sampling = SampleInstead(distribution, sample_without_waiting)
         self._controlled: tuple = ()
         self._num_controls = 0
-        self._rnd_rate: Any = DeviceRate(self.rnd.optimizer, backend, cuda_graph) if self.rnd else None
+        self._rates: list[DeviceRate] = []  # of the optimizers
         self._follow_settings()
         self._penalty_coef: Tensor | None = None  # the memory of kl_coef on the device, if it adapts
         self._rows: Any = None  # the order of the rollout's rows in each epoch, or in all
@@ -257,9 +252,10 @@ class FusedPPO(PPO):
         st = self.storage
         if st.step >= st.num_transitions_per_env:
             return self._act(obs)
-        # kept now: an environment may write into its observations while it steps
         kept = st.observations[st.step]
-        kept.copy_(obs)
+        if obs.batch_size != kept.batch_size:  # of other environments, as for an evaluation
+            return self._act(obs)
+        kept.copy_(obs)  # now: an environment may write into its observations while it steps
         if self._captured_rollout is None or st.distribution_params is None:  # which the first rollout makes
             actions = self._act(obs)
         else:
@@ -396,27 +392,45 @@ class FusedPPO(PPO):
         return addresses(modules, tensors), modes(modules), numbers, matmul_precision()
 
     def _follow_settings(self) -> None:
-        """Makes what steers the optimizer: anew if the schedule, its target or the optimizer were changed."""
+        """Makes what steers the optimizers: anew if one of them was changed, or what its steps follow."""
         desired_kl = self.desired_kl if self.schedule == "adaptive" else None
-        wanted = (self.optimizer, len(self.optimizer.param_groups), desired_kl)
+        rule = (desired_kl, self.kl_rule, self.kl_target, self.early_stop_kl, self.adapt_before_first_step)
+        optimizers = self._optimizers()
+        groups = [(o, len(o.param_groups), fitting_option(o)) for o in optimizers]
+        wanted = (groups, rule, self.backend)
         if wanted == self._controlled:
             return
+        self._check_settings()
+        before = [*self._rates, None, None]
+        self._rates = [self._rate_of(o, rate) for o, rate in zip(optimizers, before, strict=False)]
+        self._kl_control = KLControl(self._rate, *rule, self._world_size)
         self._controlled = wanted
         self._num_controls += 1
-        self._rate = DeviceRate(self.optimizer, self.backend, self._captured is not None)
-        self._kl_control = KLControl(
-            self._rate,
-            desired_kl,
-            self.kl_rule,
-            self.kl_target,
-            self.early_stop_kl,
-            self.adapt_before_first_step,
-            self._world_size,
-        )
 
-    def _rates(self) -> list[DeviceRate]:
-        """Of all optimizers."""
-        return [self._rate] if self._rnd_rate is None else [self._rate, self._rnd_rate]
+    def _optimizers(self) -> list[Optimizer]:
+        """Those that an update steps: PPO's, and RND's if there is one."""
+        return [self.optimizer, *([self.rnd.optimizer] if self.rnd else [])]
+
+    def _rate_of(self, optimizer: Optimizer, before: DeviceRate | None) -> DeviceRate:
+        """``before``: of the optimizer that was in this one's place."""
+        if before is None or not before.is_of(optimizer):
+            return DeviceRate(optimizer, self.backend, self._captured is not None)
+        before.backend = self.backend
+        before.prepare()
+        return before
+
+    @property
+    def _rate(self) -> DeviceRate:
+        """Of actor and critic."""
+        return self._rates[0]
+
+    def _check_settings(self) -> None:
+        """Those that are this class's own."""
+        for option, choices in _CHOICES.items():
+            if (name := getattr(self, option)) not in choices:
+                raise ValueError(f"{option} must be one of {choices}, got {name!r}")
+        if self.kl_target is not None and not self.kl_coef > 0.0:
+            raise ValueError(f"kl_target adapts kl_coef, which must then be positive, got {self.kl_coef}")
 
     def _follow_storage(self) -> None:
         """Notices what a user's storage does in its own way."""
@@ -452,6 +466,8 @@ class FusedPPO(PPO):
 
         self._follow_settings()
         self._follow_storage()
+        if self.max_grad_norm is None:
+            raise TypeError("max_grad_norm must be a number, got None; math.inf clips nothing")
         self._put_inputs_on_device()
         last_rate = None
         try:
@@ -460,7 +476,7 @@ class FusedPPO(PPO):
             self.kl_coef = loss_dict.get("kl_coef", self.kl_coef)
             last_rate = loss_dict.pop("learning_rate", None)  # rsl_rl's logger has it from the algorithm
         finally:  # whatever happens, a checkpoint finds numbers
-            for rate in self._rates():
+            for rate in self._rates:
                 rate.end_steps()
             if self._kl_control.adaptive:
                 self.learning_rate = self._rate.finish(last_rate)
@@ -558,7 +574,7 @@ class FusedPPO(PPO):
         modules = [self.actor, self.critic]
         if self.rnd:  # not its normalizer of rewards, which moves during a rollout and is not used here
             modules += [self.rnd.predictor, self.rnd.target, self.rnd.state_normalizer]
-        optimizers = [self.optimizer, *([self.rnd.optimizer] if self.rnd else [])]
+        optimizers = self._optimizers()
         tensors = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
         tensors += [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, *st.distribution_params]
         tensors += [*st.observations.values(), self._rows]
@@ -642,7 +658,7 @@ class FusedPPO(PPO):
             return True
         if self.keep_random_stream or torch.device(self.device).type != "cpu":  # torch draws other numbers for parts
             return True
-        return sees_whole_batches([self._raw_actor, self._raw_critic])
+        return not works_row_by_row([self._raw_actor, self._raw_critic])
 
     def _pieces(self, batch: RolloutStorage.Batch, whole: bool) -> list[RolloutStorage.Batch]:
         """The mini-batch, on the CPU in parts whose activations stay in the caches; their gradients add up."""
@@ -666,7 +682,7 @@ class FusedPPO(PPO):
 
         rnd_loss = symmetry_loss = None
         with self._autocast():
-            with self._without_sampling(), self._critic_beside_actor():
+            with nullcontext() if self.keep_random_stream else self._without_sampling(), self._critic_beside_actor():
                 self.actor(
                     batch.observations,
                     masks=batch.masks,
@@ -740,11 +756,11 @@ class FusedPPO(PPO):
             self.reduce_parameters()
         keeps_finite = self.nonfinite != "ignore"
         models = (self._raw_actor, self._raw_critic)
-        lost = self._rate.step(models, self.max_grad_norm, skip=run.stopped, skip_nonfinite=keeps_finite)
+        lost = self._rate.step(models, float(self.max_grad_norm), skip=run.stopped, skip_nonfinite=keeps_finite)
         if lost is not None:
             run.lost.append(lost)
         if self.rnd:
-            self._rnd_rate.step((self.rnd.predictor,), math.inf, skip=None, skip_nonfinite=keeps_finite)
+            self._rates[1].step((self.rnd.predictor,), math.inf, skip=None, skip_nonfinite=keeps_finite)
 
     def _autocast(self):
         # rsl_rl has mixed precision since 5.5
@@ -760,8 +776,8 @@ class FusedPPO(PPO):
         if self._stock_reason is None:
             self._follow_settings()
             saved_dict["optimizer_state_dict"] = self._rate.state_dict()
-            if self._rnd_rate is not None:
-                saved_dict["rnd_optimizer_state_dict"] = self._rnd_rate.state_dict()
+            if self.rnd:
+                saved_dict["rnd_optimizer_state_dict"] = self._rates[1].state_dict()
             if self._kl_control.penalty is not None:
                 saved_dict[_CHECKPOINT_KEY] = {"kl_coef": self.kl_coef}
         return saved_dict
@@ -776,9 +792,8 @@ class FusedPPO(PPO):
             self._iteration = loaded_dict.get("iter", 0)
         if self._stock_reason is None:
             self._follow_settings()
-            self._rate.prepare()
-            if self._rnd_rate is not None:
-                self._rnd_rate.prepare()
+            for rate in self._rates:
+                rate.prepare()
             if self._kl_control.penalty is not None and (load_cfg is None or load_cfg.get("optimizer")):
                 self.kl_coef = loaded_dict.get(_CHECKPOINT_KEY, {}).get("kl_coef", self.kl_coef)
         return iteration
@@ -787,10 +802,3 @@ class FusedPPO(PPO):
 def _normalizes(model: nn.Module) -> bool:
     """Its observations, as far as can be told."""
     return getattr(model, "obs_normalization", True)
-
-
-def _check_names(**chosen: str) -> None:
-    """Each is one of those that there are of its kind."""
-    for option, name in chosen.items():
-        if name not in _CHOICES[option]:
-            raise ValueError(f"{option} must be one of {_CHOICES[option]}, got {name!r}")

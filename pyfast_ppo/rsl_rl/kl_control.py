@@ -50,8 +50,8 @@ class KLControl:
         self._world_size = world_size
         if self._early_stop is not None and not rate.can_skip:
             raise ValueError(
-                f"early_stop_kl needs an optimizer that can skip a step on the device: adam, adamw or sgd, not "
-                f"{rate.optimizer_name}"
+                "early_stop_kl needs an optimizer that can skip a step on the device: adam, adamw, or sgd without "
+                f"momentum, not {rate.optimizer_name}"
             )
 
     @property

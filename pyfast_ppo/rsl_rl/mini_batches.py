@@ -20,6 +20,8 @@ AT_ONCE_BYTES = 2**28
 which saves a copy of them in each epoch but one. Beyond, which is images, the copy is memory that PPO does not need,
 and the time that it saves is little beside that of the convolutions."""
 
+_KNOWN_MODULES = ("torch.nn.modules.", "rsl_rl.")  # not torch.nn.utils: a spectral norm counts its calls
+
 _OWN_METHODS = ("add_transition", "mini_batch_generator", "recurrent_mini_batch_generator")
 
 
@@ -70,14 +72,18 @@ def rows_of(batch: RolloutStorage.Batch, rows: slice) -> RolloutStorage.Batch:
     )
 
 
-def sees_whole_batches(models: Iterable[nn.Module]) -> bool:
-    """Whether something in the models would notice that a mini-batch comes in pieces: its statistics, or a hook."""
+def works_row_by_row(models: Iterable[nn.Module]) -> bool:
+    """Whether nothing in the models would notice that a mini-batch comes in pieces.
+
+    What is a user's may: it may look at statistics of the batch, or count its calls. So may a hook.
+    """
     modules = [module for model in models for module in model.modules()]
     parameters = [parameter for model in models for parameter in model.parameters()]
     return (
-        any(_uses_statistics(module) for module in modules)
-        or any(has_own_ways(module) for module in modules)
-        or any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+        all(type(module).__module__.startswith(_KNOWN_MODULES) for module in modules)
+        and not any(_uses_statistics(module) for module in modules)
+        and not any(has_own_ways(module) or "get_latent" in vars(module) for module in modules)
+        and not any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
     )
 
 

@@ -11,6 +11,7 @@ import torch.nn as nn
 from rsl_rl.models import MLPModel
 from rsl_rl.modules import MLP, EmpiricalNormalization
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from pyfast_ppo.ops.hidden_layers import hidden_layers
 
@@ -119,5 +120,7 @@ def _is_fusible(backend: ModuleType, layer: nn.Module, activation: nn.Module) ->
 
 def has_own_ways(module: nn.Module) -> bool:
     """Hooks that want to see what passes, or a forward of this one alone; ours are not there yet."""
+    if _has_any_global_hook():
+        return True
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" in vars(module) or any(getattr(module, name) for name in hooks)

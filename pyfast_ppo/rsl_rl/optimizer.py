@@ -15,6 +15,7 @@ from pyfast_ppo.rsl_rl.adam import KernelSteps
 from pyfast_ppo.rsl_rl.nonfinite import any_nonfinite
 
 _FUSED = (Adam, AdamW, SGD)
+_OPTIONS = ("fused", "capturable", "foreach")  # of a group: which kind of step is taken
 
 
 class DeviceRate:
@@ -30,16 +31,22 @@ class DeviceRate:
         """``backend``: as in FusedPPO; ``in_graph``: its steps may be recorded as a CUDA graph."""
         self._optimizer: Any = optimizer  # torch's stubs lack what fused steps read
         self.backend = backend
-        self._kernels = KernelSteps(optimizer, backend)
+        self._kernels = KernelSteps(optimizer)
         self._in_graph = in_graph
         self._initial: Any = None  # 0-dim float64, from the first update on
         self._value: Any = None  # 0-dim float64, while an update runs
-        self._options = [dict(group) for group in optimizer.param_groups]  # as they were made
+        self._options: list[dict] = []  # of each group, as it was made
         self.prepare()
 
     def prepare(self) -> None:
-        """Chooses the step that takes a tensor. To be called again after the optimizer's state was loaded."""
-        option = _option(self._optimizer)
+        """Chooses the step that takes a tensor. To be called again after the optimizer or its state was changed."""
+        groups = self._optimizer.param_groups
+        for group, options in zip(groups, self._options, strict=False):
+            group.update(options)
+        self._options += [
+            {name: group[name] for name in _OPTIONS if name in group} for group in groups[len(self._options) :]
+        ]
+        self.option = option = fitting_option(self._optimizer)
         self.on_device = option is not None
         self.can_skip = option == "fused"
         if option is None:
@@ -75,8 +82,12 @@ class DeviceRate:
             for i, state in saved["state"].items()
         }
         for group, options in zip(saved["param_groups"], self._options, strict=True):
-            group.update({name: options[name] for name in ("fused", "capturable", "foreach") if name in options})
+            group.update(options)
         return saved
+
+    def is_of(self, optimizer: Optimizer) -> bool:
+        """Whether it is the rate of this one."""
+        return self._optimizer is optimizer
 
     @property
     def optimizer_name(self) -> str:
@@ -103,7 +114,7 @@ class DeviceRate:
         matter.
         """
         if self.can_skip:
-            lost = self._kernels.step(modules, max_norm, skip=skip, skip_nonfinite=skip_nonfinite)
+            lost = self._kernels.step(modules, max_norm, skip=skip, skip_nonfinite=skip_nonfinite, backend=self.backend)
             if lost is not None:
                 return lost if skip_nonfinite else None
         norms = [_clip(gradients, max_norm) for module in modules if (gradients := _with_gradients(module))]
@@ -148,11 +159,14 @@ def _clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
-def _option(optimizer: Optimizer) -> str | None:
+def fitting_option(optimizer: Optimizer) -> str | None:
     """What makes it take a tensor: the name of an option of its groups."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if len(set(map(id, parameters))) < len(parameters):
         # encoders that actor and critic share are stepped twice; a fused step would count both before the first
+        return None
+    if type(optimizer) is SGD and any(group["momentum"] for group in optimizer.param_groups):
+        # a fused step that is skipped leaves the buffers of a first step unwritten, and the next one reads them
         return None
     devices = {p.device.type for p in parameters}
     if type(optimizer) in _FUSED and devices <= {"cpu", "cuda"} and all(p.is_floating_point() for p in parameters):

@@ -112,6 +112,19 @@ def test_the_checkpoints_have_the_same_entries(iterations: int, train: Callable,
     assert type(fused["optimizer_state_dict"]["param_groups"][0]["lr"]) is float
 
 
+def test_the_options_of_the_step_are_saved_as_they_were_made(new_run: Callable) -> None:
+    """Also when the settings or the groups were changed since; PPO steps as they say."""
+    (stock,) = new_run("PPO").alg.save()["optimizer_state_dict"]["param_groups"]
+    options = {name: stock[name] for name in ("fused", "foreach", "capturable")}
+    run = new_run(FUSED)
+    run.learn(1)
+    run.alg.desired_kl = 0.02
+    run.alg.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    run.learn(1)
+    for group in run.alg.save()["optimizer_state_dict"]["param_groups"]:
+        assert {name: group[name] for name in options} == options
+
+
 def test_a_compiled_run_loads_the_checkpoint_of_a_plain_one(
     new_run: Callable, resumed: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,9 @@ def test_which_optimizers_take_a_tensor() -> None:
     assert DeviceRate(torch.optim.Adam([parameter])).on_device
     assert not DeviceRate(torch.optim.RMSprop([parameter])).on_device  # its capturable step is for GPUs
 
+    assert DeviceRate(torch.optim.SGD([parameter], lr=0.1)).on_device
+    assert not DeviceRate(torch.optim.SGD([parameter], lr=0.1, momentum=0.9)).on_device
+
     class Own(torch.optim.Adam):
         pass
 
@@ -222,7 +225,7 @@ def test_which_optimizers_take_a_tensor() -> None:
 def test_wrong_arguments(new_run: Callable) -> None:
     for args, message in (
         ({"kl_rule": "adaptive"}, r"kl_rule must be one of \('rsl_rl', 'rsl_rl_4', 'proportional'\), got 'adaptive'"),
-        ({"kl_target": 0.01}, "kl_target adapts kl_coef, which must then be positive at the start, got 0.0"),
+        ({"kl_target": 0.01}, "kl_target adapts kl_coef, which must then be positive, got 0.0"),
         ({"kl_target": 0.0, "kl_coef": 1.0}, "desired_kl must be positive, got 0.0"),
         ({"early_stop_kl": -1.0}, "limit must be positive, got -1.0"),
     ):

@@ -16,6 +16,7 @@ from rsl_rl.models import MLPModel
 from rsl_rl.modules import MLP
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from pyfast_ppo import backends
 from pyfast_ppo.rsl_rl import mlp as mlp_file
@@ -183,6 +184,20 @@ def test_only_within_the_context(kernels: ModuleType, device: str, fused_calls: 
     model.mlp(x)
     assert len(fused_calls) == 1
     assert "forward" not in vars(model.mlp)
+
+
+def test_hooks_on_all_modules_see_every_layer(new_run: Callable, fused_calls: list) -> None:
+    """As profilers set them."""
+    run = new_run(FUSED).rollout()
+    seen = []
+    hook = register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        run.alg.update()
+    finally:
+        hook.remove()
+    assert fused_calls == []
+    assert seen.count(nn.ELU) == 2 * 4  # actor and critic, in four steps
+    assert seen.count(nn.Linear) == 2 * 2 * 4
 
 
 def test_a_backend_that_has_nothing_for_it(fused_calls: list) -> None:

@@ -57,6 +57,21 @@ def test_a_step_with_such_gradients_is_not_taken(new_run: Callable, optimizer: s
     assert all(torch.isfinite(m).all() for m in moments(run.alg))
 
 
+def test_momentum_begins_after_a_step_that_is_lost(new_run: Callable) -> None:
+    """The buffers of torch's fused SGD would be memory that nobody has written."""
+    args = {**PER_MINI_BATCH, "schedule": "fixed", "num_learning_epochs": 1, "num_mini_batches": 2}
+    run = new_run(FUSED, args=args).rollout()
+    models = (run.alg.actor, run.alg.critic)
+    run.alg.optimizer = torch.optim.SGD([p for m in models for p in m.parameters()], lr=1e-2, momentum=0.9)
+    torch.manual_seed(5)
+    first = torch.randperm(192)[0]
+    run.alg.storage.returns.view(-1)[first] = math.nan
+    torch.manual_seed(5)
+    assert run.alg.update()["nonfinite_steps"] == 1
+    for p, state in run.alg.optimizer.state.items():
+        assert torch.equal(state["momentum_buffer"], p.grad)  # of the one step that was taken
+
+
 def test_without_such_a_step_nothing_changes(new_run: Callable) -> None:
     runs = [new_run(FUSED, args={**SPLIT, "nonfinite": mode}).learn(3) for mode in ("skip", "ignore", "raise")]
     assert runs[0].distance(runs[1]) == runs[0].distance(runs[2]) == 0.0

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn as nn
+from rsl_rl.models import MLPModel
 
 from pyfast_ppo.rsl_rl import fused_ppo
 
@@ -67,6 +69,65 @@ def test_what_stays_whole(config: dict, new_run: Callable, forward_rows: list[in
     new_run(FUSED, **config).learn(1)
     assert 40 not in forward_rows
     assert forward_rows
+
+
+class Centred(MLPModel):
+    def get_latent(self, *args: object, **kwargs: object) -> torch.Tensor:
+        latent = super().get_latent(*args, **kwargs)
+        return latent - latent.mean(0) if torch.is_grad_enabled() else latent
+
+
+class OwnNormalization(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(0)) / (x.std(0) + 1e-5) if torch.is_grad_enabled() else x
+
+
+class WithOwnNormalization(MLPModel):
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.mlp.insert(1, OwnNormalization())
+
+
+class WithSpectralNorm(MLPModel):
+    """It makes a step towards the largest singular value in each call."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        nn.utils.parametrizations.spectral_norm(self.mlp[0])
+
+
+class Counting(MLPModel):
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        self.calls += torch.is_grad_enabled()
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("model", [Centred, WithOwnNormalization, WithSpectralNorm, Counting])
+def test_models_that_look_at_the_batch_or_count_their_calls(
+    model: type, float64: None, new_run: Callable, forward_rows: list[int]
+) -> None:
+    runs = []
+    for algorithm in ("PPO", FUSED):
+        run = new_run(algorithm, args={"schedule": "fixed"}, actor={"class_name": model})
+        torch.manual_seed(0)
+        run.rollout()
+        torch.manual_seed(1)  # PPO draws actions in its update
+        run.alg.update()
+        runs.append(run)
+    assert set(forward_rows) == {96}
+    assert runs[1].distance(runs[0]) < 1e-7  # PPO rounds gamma to float32
+
+
+def test_a_latent_of_one_model_alone(new_run: Callable, forward_rows: list[int]) -> None:
+    run = new_run(FUSED)
+    critic, latent = run.alg.critic, run.alg.critic.get_latent
+    critic.get_latent = lambda *args, **kwargs: latent(*args, **kwargs) - latent(*args, **kwargs).mean(0)
+    run.learn(1)
+    assert set(forward_rows) == {96}
 
 
 def test_a_nan_in_one_piece_loses_the_step(new_run: Callable, forward_rows: list[int]) -> None:

@@ -54,6 +54,15 @@ class OwnSample(GaussianDistribution):
         return super().sample() + 100.0
 
 
+def test_acting_for_other_environments(new_run: Callable) -> None:
+    """As in an evaluation; nothing of it is stored."""
+    run = new_run(FUSED)
+    stored = run.alg.storage.observations.clone()
+    assert run.alg.act(run.env.get_observations()[:5]).shape == (5, 3)
+    assert (run.alg.storage.observations == stored).all()
+    run.learn(1)
+
+
 def test_a_policys_own_way_to_sample_is_kept(new_run: Callable) -> None:
     run = new_run(FUSED, actor={"distribution_cfg": {"class_name": OwnSample}})
     with torch.inference_mode():

@@ -15,10 +15,12 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributions import Laplace, Normal
 
+from pyfast_ppo import backends
 from pyfast_ppo.rsl_rl import fused_ppo
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 PARITY = {"keep_random_stream": True}
+RND = {"num_outputs": 4, "predictor_hidden_dims": [8], "target_hidden_dims": [8], "weight": 0.5}
 SAME, OTHER = {"actor": ["policy"], "critic": ["policy"]}, {"actor": ["policy"], "critic": ["privileged"]}
 
 
@@ -179,6 +181,80 @@ def test_another_optimizer(new_run: Callable, state_distance: Callable) -> None:
     run.learn(1)
     assert all(map(torch.equal, before, parameters))
     assert "betas" not in run.alg.save()["optimizer_state_dict"]["param_groups"][0]
+
+
+def test_another_optimizer_of_rnd(new_run: Callable) -> None:
+    run = new_run(FUSED, args={"rnd_cfg": RND}).learn(1)
+    predictor = run.alg.rnd.predictor
+    run.alg.rnd.optimizer = torch.optim.Adam(predictor.parameters(), lr=0.0)
+    before = [p.detach().clone() for p in predictor.parameters()]
+    run.learn(1)
+    assert all(map(torch.equal, before, predictor.parameters()))
+    assert len(run.alg.rnd.optimizer.state) == len(before)
+    assert run.alg.save()["rnd_optimizer_state_dict"]["param_groups"][0]["lr"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("early_stop_kl", 1e-9),
+        ("kl_rule", "proportional"),
+        ("kl_target", 1e-4),
+        ("adapt_before_first_step", True),
+        ("keep_random_stream", True),
+    ],
+)
+def test_arguments_that_are_changed_later(name: str, value: object, new_run: Callable) -> None:
+    """An update is then that of an algorithm that had them from the beginning."""
+    args = {"schedule": "adaptive", "kl_coef": 0.1}
+    later, always, never = (new_run(FUSED, args=args | more) for more in ({}, {name: value}, {}))
+    setattr(later.alg, name, value)
+    for run in (later, always, never):
+        torch.manual_seed(0)
+        run.learn(1)
+    assert later.losses == always.losses
+    assert later.distance(always) == 0.0
+    assert torch.equal(later.random_state, always.random_state)
+    if name != "adapt_before_first_step":  # the first KL is rounding, which does not count
+        assert later.losses != never.losses or not torch.equal(later.random_state, never.random_state)
+
+
+def test_a_wrong_name_that_is_set_later(new_run: Callable) -> None:
+    run = new_run(FUSED).rollout()
+    run.alg.kl_rule = "adaptive"
+    with pytest.raises(ValueError, match="kl_rule must be one of"):
+        run.alg.update()
+
+
+def test_a_backend_that_is_set_later(new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(FUSED).learn(1)
+    steps = []
+    step = backends.cpu.adam_step
+    monkeypatch.setattr(backends.cpu, "adam_step", lambda *args: (steps.append(1), step(*args))[1])
+    run.learn(1)
+    assert len(steps) == 4
+    run.alg.backend = "eager"
+    run.learn(1)
+    assert len(steps) == 4
+
+
+def test_no_clipping_is_infinity(new_run: Callable) -> None:
+    run = new_run(FUSED, args={"max_grad_norm": None}).rollout()
+    with pytest.raises(TypeError, match=r"max_grad_norm must be a number, got None; math.inf clips nothing"):
+        run.alg.update()
+
+
+def test_momentum_that_is_set_later_and_a_layer_that_is_trained_later(new_run: Callable) -> None:
+    runs = []
+    for algorithm, more in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args={"optimizer": "sgd", "schedule": "fixed", "learning_rate": 1e-2, **more}).learn(1)
+        run.alg.optimizer.param_groups[0]["momentum"] = 0.9
+        weight = run.alg.actor.mlp[0].weight
+        weight.requires_grad_(False)
+        run.learn(1)
+        weight.requires_grad_(True)
+        runs.append(run.learn(1))
+    assert runs[0].distance(runs[1]) < 1e-5
 
 
 def test_another_group_of_parameters(new_run: Callable) -> None:
