@@ -106,6 +106,7 @@ def _interpreter(name: str, versions: Sequence[str]) -> tuple[str, str]:
 
 def _build(name: str, venv: Path, python: str, files: Sequence[Path]) -> None:
     pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip.append("--no-compile")  # bytecode is made of what a test imports, which is a small part
     _install(name, [python, "-m", "venv", str(venv)])
     for path in files:
         alone = ["--no-deps", "--ignore-requires-python"] if path.name == "requirements-no-deps.txt" else []

@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyfast_ppo.cuda_graph import Graph
 
@@ -180,8 +181,9 @@ def captured(call: Callable[[int], object], num_calls: int) -> Callable[[], obje
             call(i)
     torch.cuda.current_stream().wait_stream(stream)
     graph = Graph(device)
-    # kept, so that each call writes to memory of its own, not to what is still in the cache
-    results = graph.record(lambda: [call(i) for i in range(num_calls)])
+    # kept, so that each call writes to memory of its own, not to what is still in the cache; without autograd's nodes,
+    # which bind what requires gradients to the stream of the recording and slow down other contenders' backward
+    results = tree_map_only(Tensor, Tensor.detach, graph.record(lambda: [call(i) for i in range(num_calls)]))
 
     def replay() -> list[object]:
         graph.replay()

@@ -90,8 +90,9 @@ class Recorder:
             if self.device == "cuda":
                 activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
                 stack.enter_context(silent())
-                found = stack.enter_context(profile(activities=activities))
-                stack.callback(lambda: self._take_times(found.profiler.kineto_results.events()))
+                found: Any = profile(activities=activities)
+                stack.callback(lambda: self._take_times(found.profiler.kineto_results.events()))  # once it has ended
+                stack.enter_context(found)
             stack.enter_context(_Mode(self))
             yield
 

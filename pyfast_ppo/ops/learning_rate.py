@@ -50,7 +50,9 @@ def lower_if_lost(following: Tensor, rate: Tensor, lost: Tensor, *, min_rate: fl
 
 
 def _lowered(rate: Tensor, min_rate: float, factor: float) -> Tensor:
-    return torch.clamp(rate / factor, min=min_rate)
+    # a tensor: on a GPU torch multiplies by the reciprocal of a number, which can round otherwise
+    divisor = torch.full((), factor, dtype=rate.dtype, device=rate.device)
+    return torch.clamp(rate / divisor, min=min_rate)
 
 
 def _is_plain(kl: Tensor, rate: Tensor) -> bool:

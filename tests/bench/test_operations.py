@@ -25,6 +25,18 @@ def recorded(work, optimizer=None, part="update", hidden_dims=()) -> list[ops.Op
     return recorder.operations
 
 
+def test_on_a_gpu_times_are_the_profilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler sees no GPU here, but it runs, and is asked when it has ended."""
+    asked = []
+    monkeypatch.setattr(ops, "device_seconds", lambda events, count: asked.append(list(events)) or [2e-6] * count)
+    recorder = Recorder("cuda", (), part="update")
+    with recorder.recording():
+        torch.ones(3).add(1.0)
+    assert len(asked) == 1
+    assert any(event.name() == "aten::add" for event in asked[0])
+    assert [(o.name, o.seconds) for o in recorder.operations] == [("ones", 2e-6), ("add", 2e-6)]
+
+
 def test_each_operation_once_with_its_bytes():
     a, b, rows = torch.randn(8, 4), torch.randn(8, 4), torch.tensor([1, 3])
 

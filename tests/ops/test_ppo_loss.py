@@ -225,8 +225,11 @@ def test_views(
     set_log_ratio(inputs, 0.3 * torch.randn(num_rows, generator=torch.Generator().manual_seed(seed)))
     avoid_kinks(inputs, 0.2)
     for name, layout in {**matrix_layouts, **vector_layouts}.items():
-        t = inputs[name].to(device)
-        inputs[name] = t if name in repeated and t.stride(0) == 0 else layout(t)
+        t = inputs[name]
+        if name in repeated and t.stride(0) == 0:
+            inputs[name] = t[:1].to(device).expand_as(t)  # moved as a whole it would be a copy of every row
+        else:
+            inputs[name] = layout(t.to(device))
     options = {"kl_coef": 0.5, "backend": backend}
     assert_matches(*call_with_autograd(ppo_loss, inputs, **options), inputs, kl_coef=0.5)
     out, grads = ppo_loss_and_grad(**inputs, **options)
