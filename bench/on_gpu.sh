@@ -29,19 +29,24 @@ export TRITON_DEFAULT_FP_FUSION=1 PYFAST_PPO_CUDA=on PYFAST_PPO_CUDA_ARCHS=${PYF
 export GIT_PYTHON_REFRESH=quiet  # rsl_rl imports GitPython, which else wants a git program
 [ -z "${WHEELS:-}" ] || step wheels 120 python3 -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
 step build 300 python3 -m pip install -q --no-build-isolation --no-deps .
+if ! python3 -c 'from pyfast_ppo.backends import unavailable_reason as why; raise SystemExit(why("cuda"))'; then
+  echo "the CUDA kernels cannot be used, and nothing is measured without them; does STEPS have build?"
+  exit 1
+fi
 export PYTHONPATH=$PWD  # the checkout's modules, whose commit goes into the results, with the extension just built
 parallel=()
 ! python3 -c 'import xdist' 2>/dev/null || parallel=(-n 8)
 
 step doctor 60 python3 -m pyfast_ppo doctor
-step update-tests 300 python3 -m pytest -q "${parallel[@]}" tests/rsl_rl/test_no_host_sync.py tests/rsl_rl/test_captured.py
+step update-tests 300 python3 -m pytest -q "${parallel[@]}" tests/rsl_rl/test_no_host_sync.py tests/rsl_rl/test_captured.py \
+  tests/rsl_rl/test_mlp.py tests/rsl_rl/test_parity.py::test_on_a_gpu
 # tests/triton_kernels/test_compiled.py looks at machine code: it takes long, and no GPU
 step tests 580 python3 -m pytest -q "${parallel[@]}" --maxfail=20 tests/ops tests/triton_kernels/test_math.py -k "triton or cuda"
 step kernels 200 python3 bench/kernels_once.py  # fills Triton's cache for what follows, too
 for tool in memcheck racecheck initcheck; do
   # without torch's cache of memory, in which neighbours hide what goes astray
   step "sanitizer-$tool" 300 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/kernels_once.py
+    compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no python3 bench/kernels_once.py
 done
 step loss 420 python3 bench/bench_loss.py --device cuda --seconds 3 --save "$name"
 step gae 180 python3 bench/bench_gae.py --device cuda --seconds 3 --save "$name"

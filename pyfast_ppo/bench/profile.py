@@ -24,6 +24,7 @@ from pyfast_ppo.bench.harness import Options, Timing, copy_of
 from pyfast_ppo.bench.operations import Operation, Recorder
 from pyfast_ppo.bench.sizes import SIZES, Size
 from pyfast_ppo.bench.synthetic import make_runner
+from pyfast_ppo.precision import multiply_in_tf32
 from pyfast_ppo.rsl_rl import FusedPPO
 
 BASELINE, OURS = update.BASELINE, update.OURS
@@ -42,6 +43,7 @@ def cases(device: str, quick: bool) -> list[str]:
 def measure(case: str, options: Options) -> list[dict]:
     """One row for each line, one for what is between, and one for the whole."""
     size = SIZES[case]
+    multiply_in_tf32()
     runners = {
         BASELINE: make_runner(size, options.device, "PPO"),
         OURS: make_runner(size, options.device, "pyfast_ppo.rsl_rl:FusedPPO"),

@@ -1,7 +1,8 @@
 """An iteration of PPO around the loss: act, compute_returns and update(), FusedPPO against rsl_rl and plain PyTorch.
 
 The environment is synthetic (``synthetic.py``); its steps are not counted, and every contender gets the same
-observations and rewards. "rsl_rl compiled" is ``torch_compile_mode="default"``; "torch only" is ``torch_only.py``.
+observations and rewards. On a GPU float32 matrices are multiplied in TF32, as in the training scripts of Isaac Lab and
+mjlab. "rsl_rl compiled" is ``torch_compile_mode="default"``; "torch only" is ``torch_only.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pyfast_ppo.bench.harness import Options, Timing, first_line
 from pyfast_ppo.bench.sizes import SIZES, Size
 from pyfast_ppo.bench.synthetic import make_runner
 from pyfast_ppo.bench.torch_only import TorchOnlyPPO
+from pyfast_ppo.precision import multiply_in_tf32
 from pyfast_ppo.rsl_rl import FusedPPO
 
 BASELINE, COMPILED, TORCH_ONLY, OURS = "rsl_rl", "rsl_rl compiled", "torch only", "FusedPPO"
@@ -47,6 +49,7 @@ def cases(device: str, quick: bool) -> list[str]:
 def measure(case: str, options: Options) -> list[dict]:
     """One row for each part of an iteration, and one for the whole."""
     torch.compiler.reset()
+    multiply_in_tf32()
     runners, skipped = _runners(SIZES[case], options)
     clocks: dict[str, dict[str, Timing]] = {part: {name: Timing() for name in runners} for part in (*PARTS, ITERATION)}
     rounds, done = _MAX_ROUNDS, -_warmup(options)

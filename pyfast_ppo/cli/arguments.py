@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+_MOST = 10**9  # of anything; far more, and numbers overflow somewhere
+
 
 def positive(text: str) -> int:
     """A number of things."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    if value > _MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST}")
     return value
 
 

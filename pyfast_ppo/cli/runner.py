@@ -156,6 +156,8 @@ def _read_checkpoint(path: Path, device: str) -> dict:
         raise UserError(f"{path} is damaged or no checkpoint; resume from another one.") from error
     if not isinstance(checkpoint, dict) or not all(key in checkpoint for key in _KEYS):
         raise UserError(f"{path} is no checkpoint of a training run: it lacks {', '.join(_KEYS)}.")
+    if type(checkpoint["iter"]) is not int:
+        raise UserError(f"{path} is damaged: its iteration is {checkpoint['iter']!r}; resume from another one.")
     return checkpoint
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 ALGORITHMS = {"fused": "pyfast_ppo.rsl_rl:FusedPPO", "stock": "PPO"}
 """Name on the command line to rsl_rl's ``class_name``."""
@@ -23,7 +23,11 @@ class Settings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Refuse an algorithm that is not known: the settings may come from a file."""
+        """Refuse what cannot be: the settings may come from a file."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if type(value) is not kind:
+                raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"unknown algorithm {self.algorithm!r}: it must be one of {', '.join(ALGORITHMS)}")
 

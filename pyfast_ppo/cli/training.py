@@ -75,7 +75,10 @@ def _train(settings: Settings, task: Task, run_dir: Path, checkpoint: Path | Non
             stopped = True
             runner.save(str(_last_checkpoint(runner, run_dir)))
         except KeyboardInterrupt:
-            console.say(f"stopped within an iteration, which is lost; {_how_to_go_on(run_dir)}")
+            if history.records:  # under the number of the last whole iteration, with the steps taken since
+                runner.current_learning_iteration = history.records[-1].iteration
+                runner.save(str(_last_checkpoint(runner, run_dir)))
+            console.say(f"stopped within iteration {len(history.records) + 1}; {_how_to_go_on(run_dir)}")
             return 130
         except task.divergence as error:
             raise UserError(f"training diverged; checkpoints from before are in {run_dir}: {error}", 1) from error

@@ -123,15 +123,6 @@ def _first_cause(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def matmul_precision() -> tuple:
-    """How float32 matrices are multiplied, in whichever of its interfaces torch was told."""
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # told by the newer one, which the older cannot express
-        precision = None
-    return precision, getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-
-
 def addresses(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> tuple:
     """Where these tensors and the modules' parameters and buffers lie, their shapes, and which take gradients."""
     in_modules = [t for module in modules for t in (*module.parameters(), *module.buffers())]

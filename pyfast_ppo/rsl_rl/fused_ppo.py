@@ -24,9 +24,10 @@ from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, ppo_loss_and_grad
 from pyfast_ppo.ops.shared_row import is_shared_row
+from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import METRICS
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
-from pyfast_ppo.rsl_rl.captured import Captured, addresses, matmul_precision, modes, options
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, options
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import RULE_KL, Run
 from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, own_methods, rows_of, works_row_by_row

@@ -20,6 +20,7 @@ from pyfast_ppo.cli.console import HEADER
 from pyfast_ppo.cli.runner import TrainRunner
 from pyfast_ppo.cli.train_config import STEPS_PER_ENV
 from pyfast_ppo.gymnasium import GymnasiumVecEnv, NonFiniteActionError
+from pyfast_ppo.rsl_rl import FusedPPO
 
 STEPS = 2 * STEPS_PER_ENV  # environment steps of an iteration with two environments
 
@@ -221,6 +222,12 @@ def _change_the_shape(path: Path) -> None:
     torch.save(checkpoint, path)
 
 
+def _spoil_the_iteration(path: Path) -> None:
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["iter"] = "one"
+    torch.save(checkpoint, path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -229,6 +236,7 @@ def _change_the_shape(path: Path) -> None:
         (_empty, "damaged"),
         (_drop_the_critic, "no checkpoint of a training run"),
         (_change_the_shape, "does not fit the networks"),
+        (_spoil_the_iteration, "its iteration is 'one'"),
     ],
 )
 def test_damaged_checkpoints_are_named(train, tmp_path, damage, message):
@@ -247,6 +255,8 @@ def test_resume_without_what_it_needs_is_refused(train, tmp_path):
     assert_one_sentence(train("--resume", tmp_path), 2, "cannot be read")
     (tmp_path / "config.json").write_text('{"settings": {"algorithm": "os:system"}}')
     assert_one_sentence(train("--resume", tmp_path), 2, "unknown algorithm")
+    (tmp_path / "config.json").write_text('{"settings": {"num_envs": "many"}}')
+    assert_one_sentence(train("--resume", tmp_path), 2, "num_envs must be of type int, got 'many'")
 
 
 def test_resume_with_another_task_is_refused(train, tmp_path):
@@ -280,6 +290,34 @@ def test_signal_saves_and_says_how_to_resume(run_command, tmp_path, number):
 
     assert run_command("train", "--resume", run_dir, "--iterations", done + 1).code == 0
     assert [int(row["iteration"]) for row in history(run_dir)] == list(range(done + 1))
+
+
+@pytest.mark.parametrize("whole_iterations", [0, 3])
+def test_a_second_signal_saves_too(train, run_command, tmp_path, monkeypatch, whole_iterations):
+    """In the middle of an update, before the checkpoint that would have been due."""
+    steps = []
+    step = FusedPPO._apply
+
+    def interrupted(alg, update):
+        step(alg, update)
+        steps.append({name: t.clone() for name, t in alg.actor.state_dict().items()})
+        if len(steps) == 40 * whole_iterations + 5:  # 10 epochs of 4 mini-batches each
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(FusedPPO, "_apply", interrupted)
+    outcome = train("--log-dir", tmp_path, "--iterations", 20)
+    assert outcome.code == 130
+    assert f"stopped within iteration {whole_iterations + 1}; " in outcome.out
+    if whole_iterations == 0:
+        assert "nothing was saved yet" in outcome.out
+        return
+    assert f"pyfast-ppo train --resume {tmp_path}" in outcome.out
+    saved = weights(tmp_path / "model_2.pt")
+    assert all(torch.equal(saved[name], t) for name, t in steps[-1].items())
+    monkeypatch.undo()
+    assert run_command("train", "--resume", tmp_path, "--iterations", 5).code == 0
+    assert [int(row["iteration"]) for row in history(tmp_path)] == list(range(5))
 
 
 KILLED_WHILE_WRITING = """
@@ -347,7 +385,8 @@ def test_missing_package_names_the_extra(train, monkeypatch, package):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--iterations", "0"), ("--num-envs", "x"), ("--seed", "-1"), ("--algorithm", "sac")]
+    "flags",
+    [("--iterations", "0"), ("--iterations", "9" * 20), ("--num-envs", "x"), ("--seed", "-1"), ("--algorithm", "sac")],
 )
 def test_senseless_numbers_are_refused(train, flags, capsys):
     with pytest.raises(SystemExit) as exit_info:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -51,6 +52,22 @@ def test_a_task_is_trained_as_its_config_says(run_command, mjlab, tmp_path, algo
     assert config["settings"]["iterations"] == 2
     assert {"model_1.pt", "policy.pt", "learning_curve.png", "progress.csv"} <= {p.name for p in tmp_path.iterdir()}
     assert "the task names no threshold" in outcome.out
+
+
+@pytest.fixture
+def full_precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_task_multiplies_as_the_simulators_scripts(run_command, mjlab, tmp_path, full_precision):
+    flags = ("--num-envs", 2, "--iterations", 1, "--device", "cpu")
+    assert run_command("train", *flags, "--log-dir", tmp_path / "gym").code == 0
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert run_command("train", "--task", "Mjlab-Stand-In", *flags, "--log-dir", tmp_path / "task").code == 0
+    assert torch.backends.cuda.matmul.allow_tf32
 
 
 def test_a_run_of_a_task_is_resumed(run_command, mjlab, tmp_path):

@@ -255,7 +255,7 @@ def _nudge(alg: PPO, seed: int) -> None:
     parameters = {id(p): p for model in (alg.actor, alg.critic) for p in model.parameters()}
     with torch.no_grad():
         for p in parameters.values():
-            up = torch.randint(0, 2, p.shape, generator=generator).bool()
+            up = torch.randint(0, 2, p.shape, generator=generator).bool().to(p.device)
             p.copy_(torch.nextafter(p, torch.where(up, torch.inf, -torch.inf).to(p.dtype)))
 
 

@@ -17,6 +17,7 @@ import torch
 from rsl_rl.storage import RolloutStorage
 from torch import Tensor
 
+from pyfast_ppo import precision
 from pyfast_ppo.rsl_rl import FusedPPO, captured, mini_batches
 from pyfast_ppo.rsl_rl.fused_ppo import NORMALIZES_IN_UPDATE
 
@@ -334,13 +335,13 @@ def test_a_copy_records_its_own_graphs(new_run: Callable, graphs: list[GraphOnCp
 
 def test_the_precision_of_matrix_products_in_either_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's older interface raises where the newer one was used."""
-    before = captured.matmul_precision()
+    before = precision.matmul_precision()
 
     def mixed() -> str:
         raise RuntimeError("mix of the legacy and new APIs")
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
-    assert captured.matmul_precision() == (None, *before[1:])
+    assert precision.matmul_precision() == (None, *before[1:])
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,26 @@ def test_float64_shows_no_other_formula(feature: str, float64: None, train: Call
     assert divergence < FLOAT64_TOLERANCE
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(
+    "feature",
+    [
+        *("plain", "rnd", "symmetry_both", "lstm", "cnn", "heteroscedastic_log", "advantages_per_mini_batch"),
+        *("normalized_observations", "unclipped_value_loss", "adamw", "sgd", "rmsprop", "tight_gradient_norm"),
+    ],
+)
+def test_on_a_gpu(feature: str, train: Callable) -> None:
+    """Without CUDA graphs; those give the same bits (test_captured.py)."""
+    stock = train("PPO", 20, device="cuda", **stock_config(feature, schedule="adaptive"))
+    nudged = train("PPO", 20, nudge=0, device="cuda", **stock_config(feature, schedule="adaptive"))
+    fused = train(FUSED, 20, device="cuda", **fused_config(feature, schedule="adaptive"))
+    assert nudged.rates == stock.rates, "the yardstick is void: one ulp changes the learning rate with this seed"
+    assert fused.rates == stock.rates
+    divergence, yardstick = fused.distance(stock), nudged.distance(stock)
+    print(f"divergence {divergence:.1e}, of one ulp {yardstick:.1e}")
+    assert divergence <= MARGIN * max(yardstick, LEAST_DIVERGENCE)
+
+
 @pytest.mark.parametrize("feature", ["plain", "rnd_and_symmetry", "lstm", "shared_cnn", "beta"])
 def test_the_losses_of_ppo_are_in_loss_dict_with_its_values(feature: str, float64: None, train: Callable) -> None:
     stock = train("PPO", 3, **stock_config(feature, schedule="adaptive", **EXACT_IN_FLOAT32))
