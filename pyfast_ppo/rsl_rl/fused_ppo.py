@@ -86,10 +86,12 @@ class FusedPPO(PPO):
       the update.
     - A step whose gradients are not finite is not taken, and is counted in ``loss_dict["nonfinite_steps"]``; an update
       in which no step could be taken raises ``NonFiniteError`` (see ``nonfinite``). So the networks stay finite and the
-      error names the frame, but one infinite reward ends the run, unless advantages are normalised per mini-batch:
-      normalised over the rollout, all of them are NaN.
-    - The adaptive learning rate is decided on the device, without a host sync. Clipping and the step of Adam or AdamW
-      are one operation, which leaves an unusual optimizer to torch (see ``adam.py``); SGD takes torch's fused step.
+      error names the frame, but one infinite reward ends the run: normalised over the rollout, all advantages are NaN.
+      Normalised per mini-batch, those are that have a row of that episode up to there.
+    - The adaptive learning rate is decided on the device, without a host sync: within an update a hook of the optimizer
+      finds it as a 0-dim tensor. Clipping and the step of Adam or AdamW are one operation, which leaves an unusual
+      optimizer to torch (see ``adam.py``); SGD without momentum takes torch's fused step.
+    - A std that is a parameter is kept once for the whole rollout: nobody may change it between two of its steps.
     - The adaptive learning rate leaves out the mini-batch before the first step. rsl_rl does so only where rounding
       makes that KL exactly 0: not in bfloat16, and not in rsl_rl 5.4 with normalized observations, where the normalizer
       moves while the rollout is collected (see ``adapt_before_first_step``).
