@@ -15,7 +15,8 @@ from torch import Tensor
 from pyfast_ppo._check_env.calls import EnvironmentRaised, call
 from pyfast_ppo._check_env.finding import Finding
 from pyfast_ppo._check_env.groups import changed
-from pyfast_ppo.rsl_rl.fused_ppo import NORMALIZES_IN_UPDATE, FusedPPO
+from pyfast_ppo.rsl_rl import FusedPPO
+from pyfast_ppo.rsl_rl.policy import NORMALIZES_IN_UPDATE
 
 _FIRST_KL = 1e-8
 """Nats. float32 gives 1e-12 or less between acting and updating, bfloat16 1e-7 or more."""

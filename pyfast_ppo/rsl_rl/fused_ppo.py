@@ -1,40 +1,33 @@
-"""rsl_rl's PPO with the fused loss."""
+"""rsl_rl's PPO with the fused loss: its arguments, its update and its checkpoints."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn as nn
-from rsl_rl.algorithms import PPO
-from rsl_rl.modules.distribution import GaussianDistribution
 from rsl_rl.storage import RolloutStorage
-from tensordict import TensorDict
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pyfast_ppo import backends
-from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, ppo_loss_and_grad
-from pyfast_ppo.ops.shared_row import is_shared_row
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import METRICS
-from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, options
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import RULE_KL, Run
-from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, own_methods, rows_of, works_row_by_row
+from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, rows_of, works_row_by_row
 from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place, widest_layer
 from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, first_nonfinite, statistics_in_place
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate, fitting_option
 from pyfast_ppo.rsl_rl.policy import (
+    NORMALIZES_IN_UPDATE,
     SampleInstead,
     detach_last_forward,
     first_row,
@@ -42,20 +35,12 @@ from pyfast_ppo.rsl_rl.policy import (
     mean_of,
     reason_not_fused,
     row_behind,
-    sample_without_waiting,
-    std_is_parameter,
-    store_std_once,
 )
 from pyfast_ppo.rsl_rl.ranks import standardized_over_ranks
-from pyfast_ppo.rsl_rl.streams import beside
+from pyfast_ppo.rsl_rl.rollout import FusedRollout
 from pyfast_ppo.schedules import RslRlScheduleBefore5
-from pyfast_ppo.versions import release
 
 logger = logging.getLogger(__name__)
-
-# rsl_rl updates the observation normalizers once per iteration since 5.5, in update(); before, at each step of the
-# environment
-NORMALIZES_IN_UPDATE = release(version("rsl-rl-lib")) >= (5, 5)
 
 _CHOICES = {
     "kl_direction": KL_DIRECTIONS,
@@ -67,7 +52,7 @@ _CHECKPOINT_KEY = "pyfast_ppo"
 _PIECE_BYTES = 2**21  # of the widest layer's activations
 
 
-class FusedPPO(PPO):
+class FusedPPO(FusedRollout):
     """Proximal Policy Optimization, with the loss, its metrics and all its gradients from one kernel.
 
     A drop-in for ``rsl_rl.algorithms.PPO`` (5.4 and 5.5): name it in the algorithm section of a runner config,
@@ -99,9 +84,6 @@ class FusedPPO(PPO):
     A policy that is not a diagonal Gaussian (Beta, or formulas of its own) runs on PPO's own ``update()``; the log says
     so once.
     """
-
-    # The critic's kernels run beside the actor's in a CUDA graph. Off until it is measured where that pays.
-    _two_streams = False
 
     def __init__(
         self,
@@ -165,7 +147,13 @@ class FusedPPO(PPO):
                 ``early_stop_kl`` with an optimizer that cannot skip a step.
             RuntimeError: The backend is not available.
         """
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            *args,
+            backend=backend,
+            time_out_bootstrap=time_out_bootstrap,
+            global_advantage_statistics=global_advantage_statistics,
+            **kwargs,
+        )
         # a wrong name is told now, not after the first rollout
         selected = backends.select(backend, torch.device(self.device))
         if selected.name == "eager" and backend is None:
@@ -175,28 +163,16 @@ class FusedPPO(PPO):
             )
         if reshuffle and self._recurrent:
             raise ValueError("reshuffle needs feed-forward models: the mini-batches of recurrent ones are not drawn")
-        self.backend = backend
         self._piece_rows = _PIECE_BYTES // (4 * widest_layer(self._raw_actor, self._raw_critic)) or 1
         self.kl_coef = kl_coef
         self.kl_rule = kl_rule
         self.kl_direction = kl_direction
         self.keep_random_stream = keep_random_stream
         self.adapt_before_first_step = adapt_before_first_step
-        self.time_out_bootstrap = time_out_bootstrap
         self.nonfinite = nonfinite
-        self._iteration = 0  # as the runner counts, for messages
-        self._final_values = self._new_final_values()
-        self._ignores_terminated = False
-
         self.reshuffle = reshuffle
-        self.global_advantage_statistics = global_advantage_statistics
-        self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
-
-        self._sampling: Callable[[], AbstractContextManager] = nullcontext
+        self._iteration = 0  # as the runner counts, for messages
         self._captured = Captured[Run]("The update", self.device) if cuda_graph else None
-        self._captured_rollout: Captured[None] | None = None
-        self._std_is_parameter = False
-        self._own_methods: list[str] = []  # of the storage
         self.kl_target = kl_target
         self.early_stop_kl = early_stop_kl
         self._check_settings()
@@ -204,25 +180,16 @@ class FusedPPO(PPO):
         if reason := reason_not_fused(self._raw_actor):
             self._fall_back(reason)
             return
-        distribution = self._raw_actor.distribution
-        self._std_is_parameter = std_is_parameter(distribution)
-        self._without_sampling = SampleInstead(distribution, mean_of)
-        if type(distribution).sample is GaussianDistribution.sample:
-            self._sampling = SampleInstead(distribution, sample_without_waiting)
+        reason = self._fuse_rollout(cuda_graph)
+        self._without_sampling = SampleInstead(self._raw_actor.distribution, mean_of)
         self._controlled: tuple = ()
         self._num_controls = 0
         self._rates: list[DeviceRate] = []  # of the optimizers
         self._follow_settings()
         self._penalty_coef: Tensor | None = None  # the memory of kl_coef on the device, if it adapts
         self._rows: Any = None  # the order of the rollout's rows in each epoch, or in all
-        self._last_obs: Any = None  # the memory of what the rollout ended with, for a graph
-        self._rollout_key: tuple = ()
-        if self._captured is not None:
-            reason = self._reason_rollout_not_captured()
-            if reason is None:
-                self._captured_rollout = Captured[None]("The rollout", self.device)
-            if reason := reason or self._reason_update_not_captured():
-                self._captured.give_up(reason)
+        if self._captured is not None and (reason := reason or self._reason_update_not_captured()):
+            self._captured.give_up(reason)
 
     def _fall_back(self, reason: str) -> None:
         """The loss runs on rsl_rl's own formula from now on, unless something was asked for that it cannot do."""
@@ -235,164 +202,6 @@ class FusedPPO(PPO):
         logger.warning("The loss runs on rsl_rl's own formula: %s.", reason)
         if self._captured is not None and self._captured.reason is None:
             self._captured.give_up("rsl_rl's own waits for the device")
-
-    def _new_final_values(self) -> FinalValues:
-        critic = self._raw_critic
-        # a model of the user's own need not tell what it reads, nor whether it normalizes
-        groups = getattr(critic, "obs_groups", self.storage.observations.keys())
-        return FinalValues(
-            critic,
-            [*groups, *getattr(critic, "obs_groups_2d", [])],
-            self.storage,
-            same_later=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not _normalizes(critic)),
-        )
-
-    # --- rollout
-    # ------------------------------------------------------------------------------------------------------------
-
-    def act(self, obs: TensorDict) -> Tensor:
-        """Sample actions and store transition data."""
-        st = self.storage
-        if st.step >= st.num_transitions_per_env:
-            return self._act(obs)
-        kept = st.observations[st.step]
-        if obs.batch_size != kept.batch_size:  # of other environments, as for an evaluation
-            return self._act(obs)
-        kept.copy_(obs)  # now: an environment may write into its observations while it steps
-        if self._captured_rollout is None or st.distribution_params is None:  # which the first rollout makes
-            actions = self._act(obs)
-        else:
-            if st.step == 0:
-                self._rollout_key = self._key_of_rollout()
-            self._captured_rollout.run(lambda: self._act_into_storage(kept), lambda: self._rollout_key, slot=st.step)
-            actions = st.actions[st.step].clone()  # an environment may write into these, too
-            self.transition.hidden_states = (None, None)
-            self.transition.actions = st.actions[st.step]
-            self.transition.values = st.values[st.step]
-            self.transition.actions_log_prob = st.actions_log_prob[st.step]
-            self.transition.distribution_params = tuple(params[st.step] for params in st.distribution_params)
-        self.transition.observations = kept
-        return actions
-
-    def _act(self, obs: TensorDict) -> Tensor:
-        compiled = self.actor is not self._raw_actor  # then the compiler makes of the sampling what it can
-        with nullcontext() if compiled else self._sampling(), self._critic_beside_actor():
-            return super().act(obs)
-
-    def _critic_beside_actor(self) -> AbstractContextManager[None]:
-        if not self._two_streams or self.critic is not self._raw_critic:
-            return nullcontext()
-        # what the actor makes of shared parameters, as autocast's copies, the critic would have to wait for
-        shared = set(self._raw_actor.parameters()) & set(self._raw_critic.parameters())
-        return nullcontext() if shared else beside(self._raw_critic)
-
-    def _act_into_storage(self, obs: TensorDict) -> None:
-        """Acts, and stores what that gives at the present step of the storage."""
-        self._act(obs)
-        st, acted = self.storage, self.transition
-        st.actions[st.step].copy_(acted.actions)
-        st.values[st.step].copy_(acted.values)
-        st.actions_log_prob[st.step].copy_(acted.actions_log_prob.view(-1, 1))
-        for place, params in zip(st.distribution_params, acted.distribution_params, strict=True):
-            if is_shared_row(place):
-                first_row(place).copy_(first_row(params))
-            else:
-                place[st.step].copy_(params)
-
-    def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Any]) -> None:
-        """Record one environment step."""
-        if self.storage.step == 0:
-            if not self._final_values.fits(self.storage):  # the user has put in another one
-                self._final_values = self._new_final_values()
-            self._final_values.begin()
-            self._follow_storage()
-        if self.time_out_bootstrap == "final_obs" and "time_outs" in extras:
-            extras = dict(extras)
-            time_outs = extras.pop("time_outs").bool()  # costs nothing where they are boolean already
-            if "terminated" in extras and self._names_environments(extras["terminated"]):
-                time_outs = time_outs & ~extras["terminated"].to(time_outs.device).bool().reshape_as(time_outs)
-            if extras.get("final_obs") is not None and self.storage.step < self.storage.num_transitions_per_env:
-                self._final_values.record(self.storage.step, extras["final_obs"], time_outs)
-            else:  # PPO adds γ V(s_t) to the reward
-                extras["time_outs"] = time_outs
-        if self._stores_std_once:
-            store_std_once(self.storage, self.transition)
-        super().process_env_step(obs, rewards, dones, extras)
-
-    def _names_environments(self, terminated: Any) -> bool:
-        """Whether it has one entry for each; the key is nobody's in rsl_rl, and users log under it, too."""
-        if isinstance(terminated, Tensor) and terminated.numel() == self.storage.num_envs and terminated.dim() > 0:
-            return True
-        if not self._ignores_terminated:
-            self._ignores_terminated = True
-            form = f"a {type(terminated).__name__}"
-            if isinstance(terminated, Tensor):
-                form += f" of shape {tuple(terminated.shape)}"
-            logger.warning(
-                "extras['terminated'] is ignored: it is %s, not a tensor with an entry for each of the %d environments."
-                " Time-outs bootstrap, whether the episode terminated in the same step or not.",
-                form,
-                self.storage.num_envs,
-            )
-        return False
-
-    def compute_returns(self, obs: TensorDict) -> None:
-        """Compute return and advantage targets from stored transitions."""
-        if self._captured_rollout is None:
-            self._returns(obs)
-        else:
-            if self._last_obs is None:
-                with torch.inference_mode(False):  # written to in and outside of inference mode
-                    self._last_obs = torch.zeros_like(obs)
-            self._last_obs.copy_(obs)
-            slot = "returns with final values" if self._final_values.any_recorded else "returns"
-            self._captured_rollout.run(lambda: self._returns(self._last_obs), self._key_of_rollout, slot=slot)
-        self._final_values.clear()
-
-    def _returns(self, obs: TensorDict) -> None:
-        st = self.storage
-        # Values of the last step; the forward pass must not move a recurrent critic on
-        hidden_state = self.critic.get_hidden_state()
-        last_values = self.critic(obs).detach()
-        self.critic.reset(hidden_state=hidden_state)
-        time_outs, final_values = self._final_values.collect(st.values)
-        normalize = not self.normalize_advantage_per_mini_batch
-        over_ranks = self.global_advantage_statistics and self._world_size > 1
-        gae(
-            st.rewards,
-            st.values,
-            st.dones,
-            last_values,
-            self.gamma,
-            self.lam,
-            time_outs=time_outs,
-            final_values=final_values,
-            normalize=normalize and not over_ranks,
-            out=(st.advantages, st.returns),
-            backend=self.backend,
-        )
-        if normalize and over_ranks:
-            st.advantages.copy_(standardized_over_ranks(st.advantages, self._world_size))
-
-    def _reason_rollout_not_captured(self) -> str | None:
-        """Why acting and returns cannot be CUDA graphs, as far as it can be told before it is tried."""
-        if torch.device(self.device).type != "cuda":
-            return f"the device is {self.device}"
-        if self._recurrent:
-            return "recurrent models have states, and mini-batches of changing shapes"
-        normalized = _normalizes(self._raw_actor) or _normalizes(self._raw_critic)
-        if normalized and not NORMALIZES_IN_UPDATE:
-            return "rsl_rl before 5.5 moves its normalizers to other memory in each rollout"
-        return None
-
-    def _key_of_rollout(self) -> tuple:
-        """What graphs of acting and of the returns freeze."""
-        st = self.storage
-        tensors = [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, st.rewards, st.dones]
-        tensors += [*st.observations.values(), *st.distribution_params, *self._final_values.memory()]
-        modules = [self.actor, self.critic]
-        numbers = (self.gamma, self.lam, self.normalize_advantage_per_mini_batch)
-        return addresses(modules, tensors), modes(modules), numbers, matmul_precision()
 
     def _follow_settings(self) -> None:
         """Makes what steers the optimizers: anew if one of them was changed, or what its steps follow."""
@@ -435,26 +244,23 @@ class FusedPPO(PPO):
         if self.kl_target is not None and not self.kl_coef > 0.0:
             raise ValueError(f"kl_target adapts kl_coef, which must then be positive, got {self.kl_coef}")
 
-    def _follow_storage(self) -> None:
-        """Notices what a user's storage does in its own way."""
-        own = own_methods(self.storage)
-        if own == self._own_methods:
-            return
-        self._own_methods = own
+    def _follow_storage(self) -> bool:
+        """Whether it has changed."""
+        if not super()._follow_storage():
+            return False
         if self._storage_draws:
             kind = type(self.storage).__name__
-            logger.warning("The mini-batches are those of %s: it has its own %s.", kind, " and ".join(own))
+            logger.warning(
+                "The mini-batches are those of %s: it has its own %s.", kind, " and ".join(self._own_methods)
+            )
             if self._captured is not None and self._captured.reason is None:
                 self._captured.give_up(f"{kind} draws its mini-batches itself")
+        return True
 
     @property
     def _storage_draws(self) -> bool:
         """Whether the storage has its own way to draw the mini-batches that are used."""
         return f"{'recurrent_' if self._recurrent else ''}mini_batch_generator" in self._own_methods
-
-    @property
-    def _stores_std_once(self) -> bool:
-        return self._std_is_parameter and not self._own_methods
 
     # --- update
     # -------------------------------------------------------------------------------------------------------------
@@ -515,10 +321,6 @@ class FusedPPO(PPO):
                 self._rows = rows
             else:
                 self._rows.copy_(rows)
-
-    @property
-    def _recurrent(self) -> bool:
-        return self.actor.is_recurrent or self.critic.is_recurrent
 
     def _rows_of_a_mini_batch(self) -> int:
         """As PPO cuts the rollout: by environments for recurrent models; what is left over is not used."""
@@ -800,8 +602,3 @@ class FusedPPO(PPO):
             if self._kl_control.penalty is not None and (load_cfg is None or load_cfg.get("optimizer")):
                 self.kl_coef = loaded_dict.get(_CHECKPOINT_KEY, {}).get("kl_coef", self.kl_coef)
         return iteration
-
-
-def _normalizes(model: nn.Module) -> bool:
-    """Its observations, as far as can be told."""
-    return getattr(model, "obs_normalization", True)

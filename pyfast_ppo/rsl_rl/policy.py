@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
+import torch.nn as nn
 from rsl_rl.models import MLPModel
 from rsl_rl.modules.distribution import Distribution, GaussianDistribution
 from rsl_rl.storage import RolloutStorage
@@ -15,6 +17,11 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyfast_ppo.ops.shared_row import is_shared_row
+from pyfast_ppo.versions import release
+
+NORMALIZES_IN_UPDATE = release(version("rsl-rl-lib")) >= (5, 5)
+"""rsl_rl moves the observation normalizers once per iteration, in ``update()``; before 5.5 at each step of the
+environment."""
 
 _FORMULAS = ("log_prob", "kl_divergence", "entropy", "params", "mean", "std")
 _MODEL_FORMULAS = ("get_output_log_prob", "get_kl_divergence", "output_entropy", "output_distribution_params")
@@ -53,6 +60,11 @@ def detach_last_forward(distribution: Distribution) -> None:
     last = getattr(distribution, "_distribution", None)
     if last is not None:
         distribution._distribution = Normal(last.mean.detach(), last.stddev.detach(), validate_args=False)
+
+
+def normalizes(model: nn.Module) -> bool:
+    """Its observations, as far as can be told."""
+    return getattr(model, "obs_normalization", True)
 
 
 def std_is_parameter(distribution: Distribution) -> bool:

@@ -18,7 +18,7 @@ from graph_on_cpu import use_graphs_on_cpu
 from rsl_rl.algorithms import PPO
 
 from pyfast_ppo.rsl_rl import FusedPPO
-from pyfast_ppo.rsl_rl.fused_ppo import NORMALIZES_IN_UPDATE
+from pyfast_ppo.rsl_rl.policy import NORMALIZES_IN_UPDATE
 
 WORLD_SIZE = 2
 ITERATIONS = 8

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyfast_ppo import precision
 from pyfast_ppo.rsl_rl import FusedPPO, captured, mini_batches
-from pyfast_ppo.rsl_rl.fused_ppo import NORMALIZES_IN_UPDATE
+from pyfast_ppo.rsl_rl.policy import NORMALIZES_IN_UPDATE
 
 sys.path.append(str(Path(__file__).parent))
 

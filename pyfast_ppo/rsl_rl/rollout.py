@@ -1,0 +1,247 @@
+"""The half of FusedPPO that collects: acting, what is stored, and the returns, without waiting for the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from rsl_rl.algorithms import PPO
+from rsl_rl.modules.distribution import GaussianDistribution
+from tensordict import TensorDict
+from torch import Tensor
+
+from pyfast_ppo.ops.gae import gae
+from pyfast_ppo.ops.shared_row import is_shared_row
+from pyfast_ppo.precision import matmul_precision
+from pyfast_ppo.rsl_rl.bootstrap import FinalValues
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes
+from pyfast_ppo.rsl_rl.mini_batches import own_methods
+from pyfast_ppo.rsl_rl.policy import (
+    NORMALIZES_IN_UPDATE,
+    SampleInstead,
+    first_row,
+    normalizes,
+    sample_without_waiting,
+    std_is_parameter,
+    store_std_once,
+)
+from pyfast_ppo.rsl_rl.ranks import standardized_over_ranks
+from pyfast_ppo.rsl_rl.streams import beside
+
+logger = logging.getLogger(__name__)
+
+
+class FusedRollout(PPO):
+    """PPO with a rollout of its own; its update is PPO's. For what the arguments mean see ``FusedPPO``."""
+
+    # The critic's kernels run beside the actor's in a CUDA graph. Off until it is measured where that pays.
+    _two_streams = False
+
+    def __init__(
+        self,
+        *args,
+        backend: str | None,
+        time_out_bootstrap: str,
+        global_advantage_statistics: bool,
+        **kwargs,
+    ) -> None:
+        """All other arguments are those of PPO."""
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+        self.time_out_bootstrap = time_out_bootstrap
+        self.global_advantage_statistics = global_advantage_statistics
+        self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
+        self._final_values = self._new_final_values()
+        self._ignores_terminated = False
+        self._own_methods: list[str] = []  # of the storage
+        self._sampling: Callable[[], AbstractContextManager] = nullcontext
+        self._std_is_parameter = False
+        self._captured_rollout: Captured[None] | None = None
+        self._rollout_key: tuple = ()
+        self._last_obs: Any = None  # the memory of what the rollout ended with, for a graph
+
+    def _fuse_rollout(self, cuda_graph: bool) -> str | None:
+        """What can be done for a diagonal Gaussian policy only. Returns why it cannot be a CUDA graph, if it cannot."""
+        distribution = self._raw_actor.distribution
+        self._std_is_parameter = std_is_parameter(distribution)
+        if type(distribution).sample is GaussianDistribution.sample:
+            self._sampling = SampleInstead(distribution, sample_without_waiting)
+        if not cuda_graph:
+            return None
+        reason = self._reason_rollout_not_captured()
+        if reason is None:
+            self._captured_rollout = Captured[None]("The rollout", self.device)
+        return reason
+
+    def _new_final_values(self) -> FinalValues:
+        critic = self._raw_critic
+        # a model of the user's own need not tell what it reads, nor whether it normalizes
+        groups = getattr(critic, "obs_groups", self.storage.observations.keys())
+        return FinalValues(
+            critic,
+            [*groups, *getattr(critic, "obs_groups_2d", [])],
+            self.storage,
+            same_later=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not normalizes(critic)),
+        )
+
+    def act(self, obs: TensorDict) -> Tensor:
+        """Sample actions and store transition data."""
+        st = self.storage
+        if st.step >= st.num_transitions_per_env:
+            return self._act(obs)
+        kept = st.observations[st.step]
+        if obs.batch_size != kept.batch_size:  # of other environments, as for an evaluation
+            return self._act(obs)
+        kept.copy_(obs)  # now: an environment may write into its observations while it steps
+        if self._captured_rollout is None or st.distribution_params is None:  # which the first rollout makes
+            actions = self._act(obs)
+        else:
+            if st.step == 0:
+                self._rollout_key = self._key_of_rollout()
+            self._captured_rollout.run(lambda: self._act_into_storage(kept), lambda: self._rollout_key, slot=st.step)
+            actions = st.actions[st.step].clone()  # an environment may write into these, too
+            self.transition.hidden_states = (None, None)
+            self.transition.actions = st.actions[st.step]
+            self.transition.values = st.values[st.step]
+            self.transition.actions_log_prob = st.actions_log_prob[st.step]
+            self.transition.distribution_params = tuple(params[st.step] for params in st.distribution_params)
+        self.transition.observations = kept
+        return actions
+
+    def _act(self, obs: TensorDict) -> Tensor:
+        compiled = self.actor is not self._raw_actor  # then the compiler makes of the sampling what it can
+        with nullcontext() if compiled else self._sampling(), self._critic_beside_actor():
+            return super().act(obs)
+
+    def _critic_beside_actor(self) -> AbstractContextManager[None]:
+        if not self._two_streams or self.critic is not self._raw_critic:
+            return nullcontext()
+        # what the actor makes of shared parameters, as autocast's copies, the critic would have to wait for
+        shared = set(self._raw_actor.parameters()) & set(self._raw_critic.parameters())
+        return nullcontext() if shared else beside(self._raw_critic)
+
+    def _act_into_storage(self, obs: TensorDict) -> None:
+        """Acts, and stores what that gives at the present step of the storage."""
+        self._act(obs)
+        st, acted = self.storage, self.transition
+        st.actions[st.step].copy_(acted.actions)
+        st.values[st.step].copy_(acted.values)
+        st.actions_log_prob[st.step].copy_(acted.actions_log_prob.view(-1, 1))
+        for place, params in zip(st.distribution_params, acted.distribution_params, strict=True):
+            if is_shared_row(place):
+                first_row(place).copy_(first_row(params))
+            else:
+                place[st.step].copy_(params)
+
+    def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Any]) -> None:
+        """Record one environment step."""
+        if self.storage.step == 0:
+            if not self._final_values.fits(self.storage):  # the user has put in another one
+                self._final_values = self._new_final_values()
+            self._final_values.begin()
+            self._follow_storage()
+        if self.time_out_bootstrap == "final_obs" and "time_outs" in extras:
+            extras = dict(extras)
+            time_outs = extras.pop("time_outs").bool()  # costs nothing where they are boolean already
+            if "terminated" in extras and self._names_environments(extras["terminated"]):
+                time_outs = time_outs & ~extras["terminated"].to(time_outs.device).bool().reshape_as(time_outs)
+            if extras.get("final_obs") is not None and self.storage.step < self.storage.num_transitions_per_env:
+                self._final_values.record(self.storage.step, extras["final_obs"], time_outs)
+            else:  # PPO adds γ V(s_t) to the reward
+                extras["time_outs"] = time_outs
+        if self._stores_std_once:
+            store_std_once(self.storage, self.transition)
+        super().process_env_step(obs, rewards, dones, extras)
+
+    def _names_environments(self, terminated: Any) -> bool:
+        """Whether it has one entry for each; the key is nobody's in rsl_rl, and users log under it, too."""
+        if isinstance(terminated, Tensor) and terminated.numel() == self.storage.num_envs and terminated.dim() > 0:
+            return True
+        if not self._ignores_terminated:
+            self._ignores_terminated = True
+            form = f"a {type(terminated).__name__}"
+            if isinstance(terminated, Tensor):
+                form += f" of shape {tuple(terminated.shape)}"
+            logger.warning(
+                "extras['terminated'] is ignored: it is %s, not a tensor with an entry for each of the %d environments."
+                " Time-outs bootstrap, whether the episode terminated in the same step or not.",
+                form,
+                self.storage.num_envs,
+            )
+        return False
+
+    def compute_returns(self, obs: TensorDict) -> None:
+        """Compute return and advantage targets from stored transitions."""
+        if self._captured_rollout is None:
+            self._returns(obs)
+        else:
+            if self._last_obs is None:
+                with torch.inference_mode(False):  # written to in and outside of inference mode
+                    self._last_obs = torch.zeros_like(obs)
+            self._last_obs.copy_(obs)
+            slot = "returns with final values" if self._final_values.any_recorded else "returns"
+            self._captured_rollout.run(lambda: self._returns(self._last_obs), self._key_of_rollout, slot=slot)
+        self._final_values.clear()
+
+    def _returns(self, obs: TensorDict) -> None:
+        st = self.storage
+        # Values of the last step; the forward pass must not move a recurrent critic on
+        hidden_state = self.critic.get_hidden_state()
+        last_values = self.critic(obs).detach()
+        self.critic.reset(hidden_state=hidden_state)
+        time_outs, final_values = self._final_values.collect(st.values)
+        normalize = not self.normalize_advantage_per_mini_batch
+        over_ranks = self.global_advantage_statistics and self._world_size > 1
+        gae(
+            st.rewards,
+            st.values,
+            st.dones,
+            last_values,
+            self.gamma,
+            self.lam,
+            time_outs=time_outs,
+            final_values=final_values,
+            normalize=normalize and not over_ranks,
+            out=(st.advantages, st.returns),
+            backend=self.backend,
+        )
+        if normalize and over_ranks:
+            st.advantages.copy_(standardized_over_ranks(st.advantages, self._world_size))
+
+    def _reason_rollout_not_captured(self) -> str | None:
+        """Why acting and returns cannot be CUDA graphs, as far as it can be told before it is tried."""
+        if torch.device(self.device).type != "cuda":
+            return f"the device is {self.device}"
+        if self._recurrent:
+            return "recurrent models have states, and mini-batches of changing shapes"
+        normalized = normalizes(self._raw_actor) or normalizes(self._raw_critic)
+        if normalized and not NORMALIZES_IN_UPDATE:
+            return "rsl_rl before 5.5 moves its normalizers to other memory in each rollout"
+        return None
+
+    def _key_of_rollout(self) -> tuple:
+        """What graphs of acting and of the returns freeze."""
+        st = self.storage
+        tensors = [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, st.rewards, st.dones]
+        tensors += [*st.observations.values(), *st.distribution_params, *self._final_values.memory()]
+        modules = [self.actor, self.critic]
+        numbers = (self.gamma, self.lam, self.normalize_advantage_per_mini_batch)
+        return addresses(modules, tensors), modes(modules), numbers, matmul_precision()
+
+    def _follow_storage(self) -> bool:
+        """Notices what a user's storage does in its own way. Returns whether that has changed."""
+        own = own_methods(self.storage)
+        changed = own != self._own_methods
+        self._own_methods = own
+        return changed
+
+    @property
+    def _stores_std_once(self) -> bool:
+        return self._std_is_parameter and not self._own_methods
+
+    @property
+    def _recurrent(self) -> bool:
+        return self.actor.is_recurrent or self.critic.is_recurrent
