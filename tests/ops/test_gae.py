@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyfast_ppo import gae
 
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
 IN_FLOAT64 = ["cpu", "eager"]
 GAMMA, LAM = 0.99, 0.95
 NAMES = ("rewards", "values", "dones", "last_values", "time_outs", "final_values")

@@ -17,7 +17,7 @@ from torch.distributions import Normal, kl_divergence
 
 from pyfast_ppo import gaussian_entropy, gaussian_kl, gaussian_log_prob
 
-SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 

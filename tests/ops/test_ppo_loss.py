@@ -32,7 +32,7 @@ from torch import Tensor
 from pyfast_ppo import PPOLossOutput, ppo_loss, ppo_loss_and_grad, ppo_loss_reference
 from pyfast_ppo.reference import METRICS
 
-SETTINGS = settings(max_examples=80, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=50, deadline=None, derandomize=True)
 
 OPTIONS = st.fixed_dictionaries(
     {
