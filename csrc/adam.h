@@ -14,8 +14,7 @@ struct AdamTensor {
   float *parameter, *gradient, *exp_avg, *exp_avg_sq;
   float* step;  // how many steps there were
   int64_t count;
-  int module;       // tensors of a module follow each other
-  int first_chunk;  // see cut
+  int module;  // tensors of a module follow each other
 };
 
 struct AdamArgs {
@@ -27,32 +26,38 @@ struct AdamArgs {
   uint8_t* lost;        // written: whether a norm was not finite, where skip_nonfinite
   int num_tensors;
   int num_modules;
-  int num_chunks;
+  // By cut. Beside each other, not in the tensors: a GPU finds them in few lines of its cache for constants.
+  int first_chunk[kMaxAdamTensors + 1];            // of each tensor, then what follows the last one
+  int first_chunk_of_module[kMaxAdamModules + 1];  // likewise
   AdamTensor tensors[kMaxAdamTensors];
 };
 
-// Cuts the tensors into chunks of `size` elements, each of one tensor, in their order.
+inline int num_chunks(const AdamArgs& args) { return args.first_chunk[args.num_tensors]; }
+
+// Cuts the tensors into chunks of `size` elements, each of one tensor, in their order. An empty tensor has none.
 inline void cut(AdamArgs& args, int64_t size) {
-  args.num_chunks = 0;
+  int chunk = 0, module = 0;
   for (int i = 0; i < args.num_tensors; ++i) {
-    args.tensors[i].first_chunk = args.num_chunks;
-    args.num_chunks += static_cast<int>((args.tensors[i].count + size - 1) / size);
+    while (module <= args.tensors[i].module) args.first_chunk_of_module[module++] = chunk;
+    args.first_chunk[i] = chunk;
+    chunk += static_cast<int>((args.tensors[i].count + size - 1) / size);
   }
+  args.first_chunk[args.num_tensors] = chunk;
+  while (module <= kMaxAdamModules) args.first_chunk_of_module[module++] = chunk;
 }
 
-// The tensor that a chunk belongs to.
+// The tensor that a chunk belongs to: the last one that begins there or before.
 PYFAST_PPO_INLINE int tensor_of_chunk(const AdamArgs& args, int chunk) {
-  int i = 0;
-  while (i + 1 < args.num_tensors && args.tensors[i + 1].first_chunk <= chunk) ++i;
-  return i;
-}
-
-// The first chunk of a module, or of what follows it.
-PYFAST_PPO_INLINE int first_chunk_of_module(const AdamArgs& args, int module) {
-  for (int i = 0; i < args.num_tensors; ++i) {
-    if (args.tensors[i].module >= module) return args.tensors[i].first_chunk;
+  int i = 0, behind = args.num_tensors;
+  while (behind - i > 1) {
+    const int middle = (i + behind) / 2;
+    if (args.first_chunk[middle] <= chunk) {
+      i = middle;
+    } else {
+      behind = middle;
+    }
   }
-  return args.num_chunks;
+  return i;
 }
 
 }  // namespace pyfast_ppo

@@ -25,15 +25,15 @@ void adam_step(AdamArgs args, int num_threads) {
   cut(args, kChunk);
   // work(chunk, tensor, its number, first element, number of elements)
   const auto for_each_chunk = [&](const auto& work) {
-    for_each_task<float>(args.num_chunks, num_threads, 0, [&](int64_t chunk, float*) {
+    for_each_task<float>(num_chunks(args), num_threads, 0, [&](int64_t chunk, float*) {
       const int i = tensor_of_chunk(args, static_cast<int>(chunk));
       const AdamTensor& tensor = args.tensors[i];
-      const int64_t begin = (chunk - tensor.first_chunk) * kChunk, left = tensor.count - begin;
+      const int64_t begin = (chunk - args.first_chunk[i]) * kChunk, left = tensor.count - begin;
       work(chunk, tensor, i, begin, left < kChunk ? left : kChunk);
     });
   };
 
-  std::vector<double> squares(static_cast<size_t>(args.num_chunks));
+  std::vector<double> squares(static_cast<size_t>(num_chunks(args)));
   for_each_chunk([&](int64_t chunk, const AdamTensor& tensor, int, int64_t begin, int64_t count) {
     squares[static_cast<size_t>(chunk)] = PYFAST_PPO_DISPATCH(float, sum_of_squares(tensor.gradient + begin, count));
   });
@@ -42,8 +42,8 @@ void adam_step(AdamArgs args, int num_threads) {
   bool finite = true;
   for (int module = 0; module < args.num_modules; ++module) {
     double sum = 0.0;
-    const int end = first_chunk_of_module(args, module + 1);
-    for (int i = first_chunk_of_module(args, module); i < end; ++i) sum += squares[static_cast<size_t>(i)];
+    const int end = args.first_chunk_of_module[module + 1];
+    for (int i = args.first_chunk_of_module[module]; i < end; ++i) sum += squares[static_cast<size_t>(i)];
     const float norm = static_cast<float>(std::sqrt(sum));
     finite = finite && std::isfinite(norm);
     clip[module] = clip_factor(norm, args.max_norm);

@@ -344,8 +344,7 @@ bool run_adam(Plan& plan, const Sizes& n) {
                        b.changed("exp_avg_sq", counts[i], true),
                        step,
                        counts[i],
-                       i / 2,
-                       0};
+                       i / 2};
   }
   adam_step(args, n.threads);
   return b.all_written();

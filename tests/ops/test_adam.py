@@ -180,6 +180,27 @@ def test_parameters_without_gradients_are_left_alone(backend: str, device: str) 
     assert steps.count(8.0) == len(steps) - 2
 
 
+@pytest.mark.parametrize("module", [0, 1])
+def test_a_module_without_gradients(backend: str, device: str, module: int) -> None:
+    """Before one that has some, or after it: the other's norm is its own."""
+    case, other = Case(device), Case(device)
+    for p in case.modules[module]:
+        p.grad = None
+    kept = [p.detach().clone() for p in case.modules[module]]
+    case.step(backend, max_norm=1e-3)
+    other.step(backend, max_norm=1e-3)
+    assert all(map(torch.equal, kept, case.modules[module]))
+    assert all(map(torch.equal, case.modules[1 - module], other.modules[1 - module]))
+
+
+def test_as_many_tensors_as_may_be(backend: str, device: str) -> None:
+    case = Case(device)
+    with_tensors(case, 64)
+    want = exact(case, PLAIN, 1.0, RATE)
+    assert not case.step(backend)
+    assert_close(case.everything(), want)
+
+
 def test_the_same_bits_every_time(backend: str, device: str, restore_threads: None) -> None:
     results = []
     for threads in (1, 2, 3):
@@ -219,12 +240,16 @@ def of_another_size(case: Case) -> None:
     case.states[case.parameters[0]]["exp_avg_sq"] = torch.zeros(2, device=case.parameters[0].device)
 
 
-def too_many(case: Case) -> None:
-    for _ in range(64):
+def with_tensors(case: Case, count: int) -> None:
+    for _ in range(count - len(case.parameters)):
         p = nn.Parameter(torch.zeros(2, device=case.parameters[0].device))
         p.grad = torch.ones_like(p)
         case.states[p] = {**{n: torch.zeros_like(p) for n in ("exp_avg", "exp_avg_sq")}, "step": torch.zeros(()).to(p)}
         case.modules[1].append(p)
+
+
+def too_many(case: Case) -> None:
+    with_tensors(case, 65)
 
 
 def empty(case: Case) -> None:
