@@ -400,7 +400,8 @@ def _is_eager(backend: str | None, device_type: str) -> bool:
 
 def _without_rollout_gradients(call: _Call) -> _Call:
     names = _Call._fields[3:_NUM_TENSORS]
-    return call._replace(**{name: t.detach() for name in names if (t := getattr(call, name)).requires_grad})
+    detached = {name: t.detach() for name in names if (t := getattr(call, name)).requires_grad}
+    return call._replace(**detached) if detached else call
 
 
 def _scalable(t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_shared_row(t: Tensor) -> bool:
@@ -25,16 +26,29 @@ def shared_row(t: Tensor) -> Tensor:
     The gradient of the row goes back in equal parts to the N rows of the view. Whatever the view was expanded from sums
     over them, so that it gets the row's gradient; no [N, A] memory is written.
     """
-    # torch.compile does not trace a Function that knows forward mode
-    return (_SharedRow if torch.compiler.is_compiling() else _SharedRowWithTangent).apply(t)
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return (_TransformableSharedRow if transformed and not torch.compiler.is_compiling() else _SharedRow).apply(t)
 
 
 class _SharedRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t: Tensor) -> Tensor:
+        ctx.shape = t.shape
+        return _first_row(t)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return spread_over_rows(grad, ctx.shape)
+
+
+class _TransformableSharedRow(torch.autograd.Function):
+    """As torch.func and forward mode want it: a call costs several times as much, and torch.compile takes none."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(t: Tensor) -> Tensor:
-        return t[(0,) * (t.dim() - 1)].clone()
+        return _first_row(t)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -44,11 +58,13 @@ class _SharedRow(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         return spread_over_rows(grad, ctx.shape)
 
-
-class _SharedRowWithTangent(_SharedRow):
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
         return tangent.mean(tuple(range(tangent.dim() - 1)))
+
+
+def _first_row(t: Tensor) -> Tensor:
+    return t[(0,) * (t.dim() - 1)].clone()
 
 
 def spread_over_rows(grad: Tensor, shape: torch.Size) -> Tensor:
