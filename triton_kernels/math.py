@@ -55,9 +55,10 @@ def exp_terms(x):
 
 
 @triton.jit
-def k3(expm1_minus_x, clamped, x):
-    """eˣ - 1 - x from that of ``clamped``; beyond the clamp it grows by the distance, so that it is never negative."""
-    return expm1_minus_x + tl.abs(x - clamped)
+def k3(expm1_minus_x, x):
+    """eˣ - 1 - x from that of x clamped; beyond the clamp it grows by the distance, so that it is never negative."""
+    distance = tl.abs(x) - MAX_LOG_RATIO  # not from x and the clamped x: to keep both would spill registers
+    return expm1_minus_x + tl.where(distance > 0.0, distance, 0.0)
 
 
 @triton.jit
@@ -119,8 +120,8 @@ def kl_loss_terms(x, WHICH: tl.constexpr):
     clamped = tl.where(x < -MAX_LOG_RATIO, -MAX_LOG_RATIO, tl.where(x > MAX_LOG_RATIO, MAX_LOG_RATIO, x))
     r, phi = exp_terms(clamped)
     inv_r, phi_down = exp_terms(-clamped)
-    k3_old = k3(phi, clamped, x)  # (r - 1) - x
-    k3_new = k3(phi_down, clamped, x)  # (1/r - 1) + x
+    k3_old = k3(phi, x)  # (r - 1) - x
+    k3_new = k3(phi_down, x)  # (1/r - 1) + x
     if WHICH == OLD_NEW_OLD_K1:
         value, coefficient = -x, tl.zeros_like(x) - 1.0
     elif WHICH == OLD_NEW_OLD_K3:

@@ -42,7 +42,7 @@ def surrogate_terms(log_ratio, advantage, lo, hi):
     clamped = tl.where(log_ratio < -MAX_LOG_RATIO, -MAX_LOG_RATIO, log_ratio)
     clamped = tl.where(clamped > MAX_LOG_RATIO, MAX_LOG_RATIO, clamped)
     ratio, expm1_minus_x = exp_terms(clamped)
-    ratio += log_ratio - log_ratio  # NaN if the log-ratio is infinite, so that it shows
+    ratio = tl.where(is_finite(log_ratio), ratio, float("nan"))  # so that an infinite one shows
     clipped = tl.where(ratio < lo, lo, tl.where(ratio > hi, hi, ratio))
     inside = (ratio >= lo) & (ratio <= hi)
     plain_loss = -advantage * ratio
@@ -50,7 +50,7 @@ def surrogate_terms(log_ratio, advantage, lo, hi):
     passed = tl.where(inside, 1.0, _max_weight(plain_loss, clipped_loss))
     loss = tl.where(plain_loss > clipped_loss, plain_loss, clipped_loss)
     outside = tl.where((ratio < lo) | (ratio > hi), 1.0, 0.0)
-    return ratio, loss, plain_loss * passed, k3(expm1_minus_x, clamped, log_ratio), outside
+    return ratio, loss, plain_loss * passed, k3(expm1_minus_x, log_ratio), outside
 
 
 @triton.jit
