@@ -35,7 +35,7 @@ class _HiddenLayers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: ModuleType, x: Tensor, *parameters: Tensor) -> Tensor:
         outputs, weights = [x], parameters[::2]
-        with _without_autocast(x):
+        with _without_autocast(backend):
             for weight, bias in zip(weights, parameters[1::2], strict=True):
                 outputs.append(backend.add_bias_and_elu(torch.mm(outputs[-1], weight.t()), bias))
         ctx.backend = backend
@@ -51,7 +51,7 @@ class _HiddenLayers(torch.autograd.Function):
         _, needs_x, *needs = ctx.needs_input_grad
         grads: list[Tensor | None] = []
         grad = grad.contiguous()
-        with _without_autocast(grad):
+        with _without_autocast(ctx.backend):
             for i in reversed(range(count)):
                 last = i == count - 1  # its gradient is autograd's, the others are our own
                 grad, grad_bias = ctx.backend.add_bias_and_elu_backward(grad, outputs[i + 1], in_place=not last)
@@ -62,9 +62,11 @@ class _HiddenLayers(torch.autograd.Function):
         return None, grad if needs_x else None, *grads
 
 
-def _without_autocast(t: Tensor) -> AbstractContextManager:
+_AS_IT_IS = nullcontext()
+
+
+def _without_autocast(backend: ModuleType) -> AbstractContextManager:
     """Products stay float32, as the kernels take them: a backward pass may run under autocast, too."""
-    device_type = t.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    if torch.is_autocast_enabled(backend.DEVICE_TYPE):
+        return torch.autocast(backend.DEVICE_TYPE, enabled=False)
+    return _AS_IT_IS
