@@ -25,7 +25,8 @@ constexpr int kTileElements = kThreads * kPerThread;
 constexpr int kRowShift = 31;         // see Call::row_of_index
 constexpr int kFirstSum = kLoss + 1;  // the loss is made of the other metrics
 constexpr int kLanesOfSum = 8;        // threads of the last block that add up one sum of all blocks
-constexpr int kAtOnce = 8;  // partial sums that each of them passes over together, where there are fewer blocks
+constexpr int kInFlight = 40;         // partial sums that each of them reads at a time: all that 320 blocks left
+constexpr int kAtOnce = 8;            // as many of them are passed over together, where there are fewer blocks
 
 // row_of_index is 2^kRowShift / A, rounded up by less than 1. That makes index / A larger by less than 1 / A, which is
 // no other row, as long as index * A < 2^kRowShift.
@@ -106,9 +107,7 @@ struct Place {
   uint32_t rows[kPerThread / 2], cols[kPerThread / 2];
 
   __device__ Place(int num_actions, uint32_t row_of_index) {
-    const auto row_at = [&](int i) {  // a division where registers are scarce: the product would not leave enough
-      return kVector ? static_cast<int>(static_cast<uint64_t>(i) * row_of_index >> kRowShift) : i / num_actions;
-    };
+    const auto row_at = [&](int i) { return static_cast<int>(static_cast<uint64_t>(i) * row_of_index >> kRowShift); };
 #pragma unroll
     for (int e = 0; e < kPerThread; e += 2) {
       const int row = row_at(index(e)), next_row = row_at(index(e + 1));
@@ -418,8 +417,7 @@ __device__ void leave_columns(const Call<T>& call, Shared<T>& shared) {
 // Metrics and the gradient of a shared std, by one block, when all have left their sums: kLanesOfSum neighbouring
 // threads for each sum, which take neighbouring blocks. Four partial sums are added in their own type before they go
 // into the double, whose arithmetic is slow on many GPUs.
-// kInFlight: partial sums that a thread reads at a time; 40 are all that 320 blocks left.
-template <int kInFlight, class T>
+template <class T>
 __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, bool entropy_of_rows) {
   const PpoLossArgs& args = call.args;
   const int t = threadIdx.x, lane = t % kLanesOfSum, blocks = gridDim.x;
@@ -642,10 +640,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocksPerProcessor
   // its barrier also stands between the writing of the columns and their reading
   leave_sums(call, shared, sums, call.tile_rows);
   if constexpr (kStd != Std::kPerRow) leave_columns(call, shared);
-  constexpr int kInFlight = kVector ? 40 : 16;  // kernels for any type have fewer registers to spare
-  if (is_last_block(call.counter, gridDim.x)) {
-    finish<kInFlight>(call, shared, kStd != Std::kPerRow, kStd == Std::kPerRow);
-  }
+  if (is_last_block(call.counter, gridDim.x)) finish(call, shared, kStd != Std::kPerRow, kStd == Std::kPerRow);
 }
 
 // For rows that no tile holds: a block takes a row at a time and goes over it twice.
@@ -723,7 +718,7 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
     }
   }
   leave_sums(call, shared, sums, 1);
-  if (is_last_block(call.counter, gridDim.x)) finish<16>(call, shared, shared_std, true);
+  if (is_last_block(call.counter, gridDim.x)) finish(call, shared, shared_std, true);
 }
 
 // --- kernel launcher -------------------------------------------------------------------------------------------------
