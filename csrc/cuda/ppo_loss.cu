@@ -48,7 +48,6 @@ struct Call {
   int tile_rows;
   uint32_t row_of_index;      // index / A = index * row_of_index >> kRowShift, for each index in a tile
   int column_groups;          // threads that share a column when the gradient of a shared std is added up
-  bool rows_follow;           // what has A numbers a row is contiguous, and is read in its own order
   bool sum_in_fours;          // A % 4 == 0: a thread's four elements are of one row
   T row_weight;               // 1 / N
   T original_weight;          // 1 / num_original
@@ -150,15 +149,6 @@ __device__ __forceinline__ void load(T (&out)[kPerThread], const View& view, con
       out[e] = place.index(e) < count ? read<T>(view, source[e], place.col(e)) : fill;
     }
   }
-}
-
-// The same where all four are there and rows follow each other; `begin` is the tile's first element in the input.
-template <class Element, class T>
-__device__ __forceinline__ void load_whole(T (&out)[kPerThread], const View& view, int64_t begin) {
-  const Element* from = static_cast<const Element*>(view.data) + begin + Place<true>::index(0);
-  const Pack<Element> pack = *reinterpret_cast<const Pack<Element>*>(from);
-#pragma unroll
-  for (int e = 0; e < kPerThread; ++e) out[e] = to_float(pack.elements[e]);
 }
 
 // A row that all rows share, at a thread's columns. Its type is most often the arithmetic's: then the reads follow each
@@ -314,20 +304,16 @@ __device__ __forceinline__ T row_losses(const Call<T>& call, const Reader& reade
 template <Std kStd, class T, bool kVector>
 __device__ __forceinline__ void note_faults(const T (&old_mean)[kPerThread], const T (&old_std)[kPerThread],
                                             const Place<kVector>& place, int* fault_of_row) {
-  T zero = T(0), least = T(1);  // an instruction for each number: 0 times what is not finite is NaN
+  bool at_fault[kPerThread], any = false;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) {
-    zero += T(0) * old_mean[e];
-    if constexpr (kStd != Std::kShared) {
-      zero += T(0) * old_std[e];
-      least = old_std[e] < least ? old_std[e] : least;
-    }
+    at_fault[e] = !is_finite(old_mean[e]) || (kStd != Std::kShared && !is_std(old_std[e]));
+    any = any || at_fault[e];
   }
-  if (zero == T(0) && least > T(0)) return;
+  if (!any) return;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) {
-    const bool at_fault = !is_finite(old_mean[e]) || (kStd != Std::kShared && !is_std(old_std[e]));
-    if (at_fault) atomicOr(&fault_of_row[place.row(e)], 1);
+    if (at_fault[e]) atomicOr(&fault_of_row[place.row(e)], 1);
   }
 }
 
@@ -499,28 +485,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocksPerProcessor
     const int rows_kl = static_cast<int>(max(min(args.num_original - first, static_cast<int64_t>(rows)), int64_t(0)));
     const int count = rows * A, count_kl = rows_kl * A;
 
-    T actions[kPerThread], mean[kPerThread], old_mean[kPerThread], old_std[kPerThread];
-    if (kVector && call.rows_follow && place.index(kPerThread - 1) < count_kl) {  // most often: few instructions
-      load_whole<T>(actions, args.actions, first * A);
-      load_whole<T>(old_mean, args.old_mean, first * A);
-      if constexpr (kStd != Std::kShared) load_whole<T>(old_std, args.old_std, first * A);
-      load_whole<Net>(mean, args.mean, first * A);
-      if constexpr (kStd == Std::kPerRow) load_whole<Net>(std, args.std, first * A);
-    } else {
-      int64_t own[kPerThread], source[kPerThread];
+    int64_t own[kPerThread], source[kPerThread];
 #pragma unroll
-      for (int e = 0; e < kPerThread; ++e) {
-        own[e] = first + place.row(e);
-        source[e] = place.row(e) < rows && (!kVector || e == 0) ? rollout_row(call.gather, own[e]) : own[e];
-      }
-      load<T>(actions, args.actions, place, source, count, T(0));
-      load<T>(old_mean, args.old_mean, place, source, count_kl, T(0));
-      if constexpr (kStd != Std::kShared) load<T>(old_std, args.old_std, place, source, count_kl, T(1));
-      load<Net>(mean, args.mean, place, own, count, T(0));
-      if constexpr (kStd == Std::kPerRow) load<Net>(std, args.std, place, own, count, T(1));
+    for (int e = 0; e < kPerThread; ++e) {
+      own[e] = first + place.row(e);
+      source[e] = place.row(e) < rows && (!kVector || e == 0) ? rollout_row(call.gather, own[e]) : own[e];
     }
+    T actions[kPerThread], mean[kPerThread], old_mean[kPerThread], old_std[kPerThread];
+    load<T>(actions, args.actions, place, source, count, T(0));
+    load<T>(old_mean, args.old_mean, place, source, count_kl, T(0));
+    if constexpr (kStd != Std::kShared) load<T>(old_std, args.old_std, place, source, count_kl, T(1));
     RowInputs<T> in;
     if (t < rows) in = RowInputs<T>(call, first + t, reader);
+    load<Net>(mean, args.mean, place, own, count, T(0));
+    if constexpr (kStd == Std::kPerRow) load<Net>(std, args.std, place, own, count, T(1));
     if (tile == blockIdx.x) {  // the block's first; what is shared here is for after the next barrier
       if (warp == kWarps - 1 && lane < kNumWeights) read_coefficient(call, lane, shared);
       if (warp == kWarps - 2) read_row_of_std<T, kStd>(args, shared);
@@ -767,11 +745,6 @@ void launch_tiles(Call<T> call, const Stream& stream) {
   const int64_t A = args.num_actions, most = resident_blocks(stream.device, kBlocksPerProcessor);
   call.row_of_index = static_cast<uint32_t>(((int64_t{1} << kRowShift) + A - 1) / A);
   call.column_groups = A < kThreads ? static_cast<int>(kThreads / A) : 1;
-  const auto follow = [&](const View& view) { return view.row_stride == A; };
-  const bool std_per_row = args.std.row_stride != 0, old_std_per_row = std_per_row || args.old_std.row_stride != 0;
-  call.rows_follow = call.gather.index == nullptr && follow(args.mean) && follow(args.actions) &&
-                     follow(args.old_mean) && (!std_per_row || follow(args.std)) &&
-                     (!old_std_per_row || follow(args.old_std));
   const auto kernel = args.std.row_stride != 0       ? ppo_loss_kernel<T, Net, Std::kPerRow, kVector>
                       : args.old_std.row_stride != 0 ? ppo_loss_kernel<T, Net, Std::kOldPerRow, kVector>
                                                      : ppo_loss_kernel<T, Net, Std::kShared, kVector>;

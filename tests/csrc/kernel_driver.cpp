@@ -224,9 +224,7 @@ bool run_ppo_loss(Plan& plan, const Sizes& n) {
   args.num_rows = n.rows, args.num_actions = n.cols;
   args.num_original = plan.any_layout && plan.chance(0.5) ? plan.pick(1, n.rows) : n.rows;
   const int64_t old_rows = args.num_original;  // rows beyond are not to be looked at
-  const bool any_layout = plan.any_layout;
-  const bool shared_std = any_layout && plan.chance(0.5), shared_old_std = any_layout && plan.chance(0.5);
-  plan.any_layout = any_layout && plan.chance(0.5);  // else as whole tiles are read
+  const bool shared_std = plan.any_layout && plan.chance(0.5), shared_old_std = plan.any_layout && plan.chance(0.5);
   args.mean = b.input("mean", n.rows, n.cols, false);
   args.std = b.input("std", n.rows, n.cols, true, shared_std);
   args.values = b.input("values", n.rows, 1, false);
@@ -244,7 +242,6 @@ bool run_ppo_loss(Plan& plan, const Sizes& n) {
   args.grad_mean = b.output("grad_mean", n.rows * n.cols, b.gradient_dtype());
   args.grad_std = b.output("grad_std", gradient_size(args.std, n.rows, n.cols), b.gradient_dtype());
   args.grad_values = b.output("grad_values", n.rows, b.gradient_dtype());
-  plan.any_layout = any_layout;
   ppo_loss(args, b.use_double, n.threads);
   return b.all_written();
 }
