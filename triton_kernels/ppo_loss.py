@@ -144,21 +144,19 @@ def ppo_loss_kernel(
     clip_in_memory = _in_memory(clip_param_ptr, coefficient_tensors, 0)
     clip_param += clip_in_memory
     lo, hi = clip_low - clip_in_memory, clip_high + clip_in_memory
-    value_loss_coef += _in_memory(value_loss_coef_ptr, coefficient_tensors, 1)
-    entropy_coef += _in_memory(entropy_coef_ptr, coefficient_tensors, 2)
-    kl_coef += _in_memory(kl_coef_ptr, coefficient_tensors, 3)
     row_weight = 1.0 / num_rows.to(tl.float32)
     original_weight = 1.0 / num_original.to(tl.float32)
+    value_weight = row_weight * (value_loss_coef + _in_memory(value_loss_coef_ptr, coefficient_tensors, 1))
+    entropy_weight = original_weight * (entropy_coef + _in_memory(entropy_coef_ptr, coefficient_tensors, 2))
+    kl_weight = original_weight * (kl_coef + _in_memory(kl_coef_ptr, coefficient_tensors, 3))
 
     cols = tl.arange(0, BLOCK_A)
     col_mask = cols < A
     if STD_STRIDE == 0:
         shared_std = tl.load(std_ptr + cols, mask=col_mask, other=1.0).to(tl.float32)
         shared_inv_std = reciprocal_or_nan(shared_std)
-        sum_log_std = tl.sum(log_or_nan(shared_std), 0)
-        log_normalizer = sum_log_std.to(tl.float64) + A * HALF_LOG_2PI
+        log_normalizer = tl.sum(log_or_nan(shared_std), 0).to(tl.float64) + A * HALF_LOG_2PI
     else:
-        sum_log_std = 0.0
         log_normalizer = A * HALF_LOG_2PI
     if OLD_STD_STRIDE == 0:
         shared_old_std = tl.load(old_std_ptr + cols, mask=col_mask, other=1.0).to(tl.float32)
@@ -244,7 +242,7 @@ def ppo_loss_kernel(
         value_loss, d_value = value_terms(values, old_values, returns, clip_param, CLIP_VALUE)
         tl.store(
             grad_values_ptr + first + rows,
-            (value_loss_coef * row_weight * d_value).to(grad_values_ptr.dtype.element_ty),
+            (value_weight * d_value).to(grad_values_ptr.dtype.element_ty),
             mask=in_rows,
         )
         finite = is_finite(log_ratio) & is_finite(advantages) & is_finite(values)
@@ -259,7 +257,6 @@ def ppo_loss_kernel(
         max_ratio = tl.where(in_rows & (ratio > max_ratio), ratio, max_ratio)
 
         # --- the gradients: one element each
-        kl_weight = kl_coef * original_weight
         weighted = coefficient[:, None] * z
         # where its weight is 0, a KL that overflows must not reach the gradients
         kl_d_mean = tl.where(kl_weight != 0.0, tl.where(kl_mask, kl_weight * kl_d_mean, 0.0), 0.0)
@@ -271,8 +268,7 @@ def ppo_loss_kernel(
         if STD_STRIDE == 0:
             d_log_std_sum += tl.where(mask, d_log_std, 0.0)
         else:
-            entropy_weight = tl.where(original, entropy_coef * original_weight, 0.0)
-            grad_std = (d_log_std - entropy_weight[:, None]) * inv_std
+            grad_std = (d_log_std - tl.where(original, entropy_weight, 0.0)[:, None]) * inv_std
             tl.store(grad_std_ptr + offsets, grad_std.to(grad_std_ptr.dtype.element_ty), mask=mask)
 
     # --- this program's sums
@@ -287,19 +283,22 @@ def ppo_loss_kernel(
     if STD_STRIDE == 0:
         tl.store(row + NUM_SUMS + cols, tl.sum(d_log_std_sum, 0))
 
-    # --- the last program adds up those of all
+    # --- the last program adds up those of all; what only it needs is read again: kept, it would push registers out
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_programs - 1:
         tl.store(counter_ptr, 0)
         _finish(
-            std_ptr, metrics_ptr, grad_std_ptr, partials_ptr, sum_log_std,
-            value_loss_coef, entropy_coef, kl_coef, num_rows, num_original, num_programs, A, STD_STRIDE == 0, BLOCK_A,
+            std_ptr, metrics_ptr, grad_std_ptr, partials_ptr,
+            value_loss_coef + _in_memory(value_loss_coef_ptr, coefficient_tensors, 1),
+            entropy_coef + _in_memory(entropy_coef_ptr, coefficient_tensors, 2),
+            kl_coef + _in_memory(kl_coef_ptr, coefficient_tensors, 3),
+            num_rows, num_original, num_programs, A, STD_STRIDE == 0, BLOCK_A,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    std_ptr, metrics_ptr, grad_std_ptr, partials_ptr, sum_log_std,
+    std_ptr, metrics_ptr, grad_std_ptr, partials_ptr,
     value_loss_coef, entropy_coef, kl_coef, num_rows, num_original, num_programs,
     A: tl.constexpr, SHARED_STD: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
@@ -332,7 +331,7 @@ def _finish(
     of_each_row = tl.where(of_original, 1.0 / num_original.to(tl.float64), 1.0 / num_rows.to(tl.float64))
     metrics = sums * tl.where(which >= MAX_RATIO, 1.0, of_each_row)
     if SHARED_STD:
-        metrics = tl.where(which == ENTROPY, sum_log_std, metrics)
+        metrics = tl.where(which == ENTROPY, tl.sum(log_or_nan(std), 0), metrics)
     metrics += tl.where(which == ENTROPY, A * HALF_LOG_2PI_E, 0.0)
     metrics += tl.where(which == MAX_RATIO, 0.0 * _entry(metrics, APPROX_KL), 0.0)  # NaN if a ratio was
     weights = tl.where(which == SURROGATE, 1.0, tl.where(which == VALUE_LOSS, value_loss_coef, 0.0))
