@@ -23,7 +23,8 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kPerThread = 4;
 constexpr int kTileElements = kThreads * kPerThread;
 constexpr int kFirstSum = kLoss + 1;  // the loss is made of the other metrics
-constexpr int kInFlight = 16;         // partial sums that a thread of the last block reads at a time
+constexpr int kLanesOfSum = 8;        // threads of the last block that add up one sum of all blocks
+constexpr int kAtOnce = 8;            // partial sums that each of them passes over together, if there are few blocks
 
 enum class Std {
   kShared,     // std and old_std are one row each
@@ -35,13 +36,15 @@ template <class T>
 struct Call {
   PpoLossArgs args;
   Gather gather;
-  T* partials;  // [blocks, sums_of_block(A)], from kFirstSum on
+  T* partials;  // [sums, blocks], from kFirstSum on
   unsigned* counter;
   int64_t num_tiles;
   int tile_rows;
-  bool sum_in_fours;  // A % 4 == 0: a thread's four elements are of one row
-  T row_weight;       // 1 / N
-  T original_weight;  // 1 / num_original
+  int column_groups;          // threads that share a column when the gradient of a shared std is added up
+  bool sum_in_fours;          // A % 4 == 0: a thread's four elements are of one row
+  T row_weight;               // 1 / N
+  T original_weight;          // 1 / num_original
+  double share[kNumMetrics];  // what the sum of a metric is multiplied by
 };
 
 // The coefficients, in the order of PpoLossArgs.
@@ -61,7 +64,6 @@ struct Shared {
   T weights[kNumWeights];              // the clip, and what a row's gradients are multiplied by
   ClipRange<T> clip_range;
   T warp_sums[kWarps][kNumMetrics];
-  double group_totals[kThreads];
   double totals[kNumMetrics];
 };
 
@@ -337,16 +339,24 @@ __device__ __forceinline__ Number joined(int k, Number a, Number b) {
 
 template <class T>
 __device__ __forceinline__ T* partial_of(const Call<T>& call, int block, int sum) {
-  return call.partials + block * sums_of_block(call.args.num_actions) + (sum - kFirstSum);
+  return call.partials + static_cast<int64_t>(sum - kFirstSum) * gridDim.x + block;
 }
 
+// num_rows: as many of the block's threads have had rows.
 template <class T>
-__device__ void leave_sums(const Call<T>& call, Shared<T>& shared, const T (&sums)[kNumMetrics]) {
+__device__ void leave_sums(const Call<T>& call, Shared<T>& shared, const T (&sums)[kNumMetrics], int num_rows) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  T of_warp[kNumMetrics] = {};
+  of_warp[kEntropy] = warp_sum(sums[kEntropy]), of_warp[kKl] = warp_sum(sums[kKl]);
+  if (warp * kWarp < num_rows) {  // in the other warps all but these two, which are sums over elements, are 0
+#pragma unroll
+    for (int k = kFirstSum; k < kNumMetrics; ++k) {
+      if (k != kEntropy && k != kKl) of_warp[k] = k == kMaxRatio ? warp_max(sums[k]) : warp_sum(sums[k]);
+    }
+  }
 #pragma unroll
   for (int k = kFirstSum; k < kNumMetrics; ++k) {
-    const T sum = k == kMaxRatio ? warp_max(sums[k]) : warp_sum(sums[k]);
-    if (lane == 0) shared.warp_sums[warp][k] = sum;
+    if (lane == 0) shared.warp_sums[warp][k] = of_warp[k];
   }
   __syncthreads();
   const int k = kFirstSum + static_cast<int>(threadIdx.x);
@@ -362,7 +372,7 @@ template <class T>
 __device__ void leave_columns(const Call<T>& call, Shared<T>& shared) {
   const int A = static_cast<int>(call.args.num_actions);
   const int elements = call.tile_rows * A;
-  const int groups = A < kThreads ? kThreads / A : 1;  // threads that share a column
+  const int groups = call.column_groups;
   for (int i = threadIdx.x; i < groups * A; i += kThreads) {
     T sum = T(0);
     for (int k = i; k < elements; k += groups * A) sum += shared.terms[k];
@@ -382,40 +392,47 @@ __device__ void leave_columns(const Call<T>& call, Shared<T>& shared) {
   }
 }
 
-// Metrics and the gradient of a shared std, by one block, when all have left their sums. Neighbouring threads take
-// neighbouring sums of a block, and a group of threads every so many-th block; one round, unless a block has more than
-// kThreads sums.
-template <class T>
+// Metrics and the gradient of a shared std, by one block, when all have left their sums: kLanesOfSum neighbouring
+// threads for each sum, which take neighbouring blocks. Four partial sums are added in their own type before they go
+// into the double, whose arithmetic is slow on many GPUs. kInFlight: partial sums that a thread reads at a time; with
+// 40 one round takes what 320 blocks left.
+template <int kInFlight, class T>
 __device__ void finish(const Call<T>& call, Shared<T>& shared, bool shared_std, bool entropy_of_rows) {
   const PpoLossArgs& args = call.args;
-  const int t = threadIdx.x, blocks = gridDim.x;
+  const int t = threadIdx.x, lane = t % kLanesOfSum, blocks = gridDim.x;
   const int num_sums = kNumMetrics + (shared_std ? static_cast<int>(args.num_actions) : 0);
-  const int width = min(num_sums - kFirstSum, kThreads), groups = kThreads / width, group = t / width;
-  const int64_t to_next = groups * sums_of_block(args.num_actions);
-  for (int first_sum = kFirstSum; first_sum < num_sums; first_sum += width) {
-    const int k = first_sum + t % width;
-    const bool inside = group < groups && k < num_sums, of_std = inside && group == 0 && k >= kNumMetrics;
+  constexpr int kSumsOfWarp = kWarp / kLanesOfSum;
+  for (int of_warp = kFirstSum + t / kWarp * kSumsOfWarp; of_warp < num_sums; of_warp += kWarps * kSumsOfWarp) {
+    const int k = of_warp + t % kWarp / kLanesOfSum;
+    const bool inside = k < num_sums, of_std = inside && k >= kNumMetrics && lane == 0;
     const T std = of_std ? read<T>(args.std, 0, k - kNumMetrics) : T(1);
     double total = 0.0;
-    const T* from = partial_of(call, group, k);
-    for (int block = group; inside && block < blocks; block += kInFlight * groups) {
-      T x[kInFlight];
+    for (int first = 0; first < blocks; first += kInFlight * kLanesOfSum) {
+      T x[kInFlight] = {};
+      const int left = inside ? blocks - first - lane : 0;
+      const T* from = partial_of(call, first + lane, k);
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {  // past the L1 cache, which does not see what other processors wrote
-        x[i] = block + i * groups < blocks ? __ldcg(from) : T(0);
-        from += to_next;
+      for (int i = 0; i < kInFlight; ++i) {
+        if (i % kAtOnce == 0 && first + i * kLanesOfSum >= blocks) break;
+        // past the L1 cache, which does not see what other processors wrote
+        if (i * kLanesOfSum < left) x[i] = __ldcg(from + i * kLanesOfSum);
       }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) total = joined(k, total, static_cast<double>(x[i]));
+      for (int i = 0; i < kInFlight; i += 4) {
+        if (i % kAtOnce == 0 && first + i * kLanesOfSum >= blocks) break;
+        const T four = joined(k, joined(k, x[i], x[i + 1]), joined(k, x[i + 2], x[i + 3]));
+        total = joined(k, total, static_cast<double>(four));
+      }
     }
-    shared.group_totals[t] = total;
-    __syncthreads();  // none after the reading: of several rounds each is that of a single group
-    for (int g = 1; group == 0 && g < groups; ++g) total = joined(k, total, shared.group_totals[g * width + t]);
+#pragma unroll
+    for (int offset = kLanesOfSum / 2; offset > 0; offset /= 2) {
+      total = joined(k, total, __shfl_xor_sync(0xffffffffu, total, offset));
+    }
     if (of_std) {
-      const double gradient = (total - shared.coefficients[kOfEntropy]) / static_cast<double>(std);
+      const double gradient = (total - shared.coefficients[kOfEntropy]) * (1.0 / static_cast<double>(std));
       write_element(args.grad_std, k - kNumMetrics, static_cast<T>(gradient));
-    } else if (inside && group == 0) {
-      shared.totals[k] = k == kEntropy && !entropy_of_rows ? shared.sum_log_std : total / rows_of_metric(k, args);
+    } else if (inside && lane == 0) {
+      shared.totals[k] = k == kEntropy && !entropy_of_rows ? shared.sum_log_std : total * call.share[k];
     }
   }
   __syncthreads();
@@ -591,9 +608,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocksPerProcessor
       if (place.index(e) < call.tile_rows * A) shared.terms[place.index(e)] = column_sums[e];
     }
   }
-  leave_sums(call, shared, sums);  // its barrier also stands between the writing of the columns and their reading
+  // its barrier also stands between the writing of the columns and their reading
+  leave_sums(call, shared, sums, call.tile_rows);
   if constexpr (kStd != Std::kPerRow) leave_columns(call, shared);
-  if (is_last_block(call.counter, gridDim.x)) finish(call, shared, kStd != Std::kPerRow, kStd == Std::kPerRow);
+  constexpr int kInFlight = kVector ? 40 : 16;  // kernels for any type have fewer registers to spare
+  if (is_last_block(call.counter, gridDim.x)) {
+    finish<kInFlight>(call, shared, kStd != Std::kPerRow, kStd == Std::kPerRow);
+  }
 }
 
 // For rows that no tile holds: a block takes a row at a time and goes over it twice.
@@ -670,8 +691,8 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
       }
     }
   }
-  leave_sums(call, shared, sums);
-  if (is_last_block(call.counter, gridDim.x)) finish(call, shared, shared_std, true);
+  leave_sums(call, shared, sums, 1);
+  if (is_last_block(call.counter, gridDim.x)) finish<16>(call, shared, shared_std, true);
 }
 
 // --- kernel launcher -------------------------------------------------------------------------------------------------
@@ -717,7 +738,8 @@ void launch_tiles(Call<T> call, const Stream& stream) {
   call.tile_rows = rows_of_tile(args.num_actions, kVector);
   call.num_tiles = blocks_of(args.num_rows, call.tile_rows);
   call.sum_in_fours = args.num_actions % kPerThread == 0;
-  const int64_t most = resident_blocks(stream.device, kBlocksPerProcessor);
+  const int64_t A = args.num_actions, most = resident_blocks(stream.device, kBlocksPerProcessor);
+  call.column_groups = A < kThreads ? static_cast<int>(kThreads / A) : 1;
   const auto kernel = args.std.row_stride != 0       ? ppo_loss_kernel<T, Net, Std::kPerRow, kVector>
                       : args.old_std.row_stride != 0 ? ppo_loss_kernel<T, Net, Std::kOldPerRow, kVector>
                                                      : ppo_loss_kernel<T, Net, Std::kShared, kVector>;
@@ -733,6 +755,7 @@ void run(const PpoLossArgs& args, const Gather& gather, const Scratch& scratch, 
   call.counter = scratch.counter;
   call.row_weight = static_cast<T>(1.0 / static_cast<double>(args.num_rows));
   call.original_weight = static_cast<T>(1.0 / static_cast<double>(args.num_original));
+  for (int k = 0; k < kNumMetrics; ++k) call.share[k] = 1.0 / rows_of_metric(k, args);
   if (rows_of_tile(args.num_actions, false) == 0) {
     const int64_t most = resident_blocks(stream.device, kBlocksPerProcessor);
     launch("ppo_loss_wide_kernel", ppo_loss_wide_kernel<T>, args.num_rows < most ? args.num_rows : most, kThreads,

@@ -106,7 +106,7 @@ import pyfast_ppo
 from pyfast_ppo.bench.stock import COEFFICIENTS, make_mini_batch
 from torch.testing import assert_close
 
-for num_rows, num_actions in [(10_300, 12), (830, 150), (430, 300), (250, 400), (90, 1600)]:
+for num_rows, num_actions in [(10_300, 12), (830, 150), (430, 300), (1_700, 300), (250, 400), (90, 1600)]:
     batch = make_mini_batch(num_rows, num_actions, num_rows % 4 == 0, 0, "cpu")
     exact = [t.detach().double() for t in batch]
     options = {**COEFFICIENTS, "num_original": num_rows - 7}
@@ -118,9 +118,10 @@ for num_rows, num_actions in [(10_300, 12), (830, 150), (430, 300), (250, 400), 
 """
 
 
-def test_sums_of_many_blocks() -> None:
-    """One and several rounds of the last block over what 80 blocks left, by one and by several groups of threads."""
-    run_backend(LOSSES, PYFAST_PPO_EMULATION_PROCESSORS="40")
+@pytest.mark.parametrize("processors", [3, 40, 200])
+def test_sums_of_many_blocks(processors: int) -> None:
+    """Of up to 6, 80 and 340 blocks, which are more than the last one reads in a round; of few sums and of many."""
+    run_backend(LOSSES, PYFAST_PPO_EMULATION_PROCESSORS=str(processors))
 
 
 NORMALIZED = """

@@ -16,9 +16,10 @@ SCRIPT = Path(__file__).parent / "on_ptx.py"
 UNKNOWN = re.compile(r"unknown instruction \S+")
 LARGEST_ERROR = 5e-5  # of 256 actions, whose log-probability is a sum of some hundreds
 # Of the bytes in the sectors that a warp's instruction touches: how many it wants. Triton gives a row to a warp where A
-# is no multiple of 4, and then loads each row's five numbers by themselves.
-LEAST_LOADED = {"cuda": {"aligned": 0.75, "others": 0.9}, "triton": {"aligned": 0.85, "others": 0.55}}
-LEAST_STORED = {"cuda": {"aligned": 0.95, "others": 0.89}, "triton": {"aligned": 0.9, "others": 0.65}}
+# is no multiple of 4, and then loads each row's five numbers by themselves; its last program reads coefficients again.
+LEAST_LOADED = {"cuda": {"aligned": 0.75, "others": 0.9}, "triton": {"aligned": 0.84, "others": 0.55}}
+# The few sums that a block of CUDA's loss leaves lie beside those of other blocks, each in a sector of its own.
+LEAST_STORED = {"cuda": {"aligned": 0.93, "others": 0.83}, "triton": {"aligned": 0.9, "others": 0.65}}
 
 
 @pytest.fixture(scope="module", params=["triton sm_90", "triton sm_100", "cuda sm_90"])
@@ -89,7 +90,7 @@ def test_missing_barriers_show(found: dict, backend: str) -> None:
     """Each of them does, but where Triton puts two in a row."""
     said = found["without_barriers"]
     if backend == "cuda":
-        assert [len(of_kernel) for of_kernel in said.values()] == [10, 3, 2, 4, 4]
+        assert [len(of_kernel) for of_kernel in said.values()] == [9, 3, 2, 4, 4]
         assert all("nothing" not in of_kernel for of_kernel in said.values())
     else:
         assert sum(s == "nothing" for s in said["loss"]) <= 2 < len(said["loss"])
