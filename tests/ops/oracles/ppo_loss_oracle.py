@@ -210,9 +210,9 @@ def arithmetic_eps(inputs: Inputs) -> float:
 def assert_matches(out: Any, grads: dict[str, Tensor], inputs: Inputs, **options: Any) -> None:
     """Loss, metrics and gradients are those of the oracle on the same (rounded) inputs, to the arithmetic's rounding.
 
-    A log-ratio is a difference of sums: its absolute error is eps times their magnitudes (``log_ratio_reach``), and grows
-    as a random walk does with the number of terms that are added one after the other (157 of them: 1.3 eps). That is
-    the relative error of the ratio, and of all that is proportional to it. Everything else has a few roundings.
+    A log-ratio is a difference of sums: its absolute error is eps times their magnitudes (``log_ratio_reach``), and
+    grows as a random walk does with the number of terms that are added one after the other (157 of them: 1.3 eps). That
+    is the relative error of the ratio, and of all that is proportional to it. Everything else has a few roundings.
     """
     e = expected(inputs, **options)
     eps = arithmetic_eps(inputs)
