@@ -23,6 +23,9 @@ struct GaussianCall {
   View grad;                      // [N], backward only
   Output out[kGaussianOutputs];   // data null: not wanted
   bool shared[kGaussianOutputs];  // the output is [A], a sum over rows
+  View shared_std;                // of the log-probability, if all rows have one; data null: each has its own
+  const void* inv_std;            // then: 1 / std, repeated to a tile's length, of the arithmetic's type
+  double sum_log_std;
   int64_t tile_rows, tile_elements;
   double* partials;  // [tiles, kGaussianOutputs, A]
 };
@@ -37,6 +40,20 @@ namespace pyfast_ppo {
 
 namespace {
 
+// What log-probabilities need of a std that all rows share, once: no division and no logarithm for each element.
+template <class T>
+void fill_table(GaussianCall& call, std::vector<T>& inv_std) {
+  const int64_t A = call.shape.num_actions;
+  inv_std.resize(static_cast<size_t>(call.tile_elements));
+  const T* std = baseline::read_rows(call.shared_std, 0, 1, A, inv_std.data());
+  for (int64_t j = 0; j < A; ++j) {
+    call.sum_log_std += log_or_nan(std[j]);
+    inv_std[j] = reciprocal_or_nan(std[j]);
+  }
+  baseline::repeat_row(inv_std.data(), A, call.tile_rows, inv_std.data());
+  call.inv_std = inv_std.data();
+}
+
 // Runs a tile function over all rows, then adds up what tiles left for shared outputs, in their order.
 template <class T, class TileFunction>
 void run(GaussianCall call, const TileFunction& tile_function) {
@@ -44,6 +61,8 @@ void run(GaussianCall call, const TileFunction& tile_function) {
   call.tile_rows = kTileElements / A < 1 ? 1 : (kTileElements / A > kMaxTileRows ? kMaxTileRows : kTileElements / A);
   call.tile_elements = call.tile_rows * A;
   const int64_t tiles = (N + call.tile_rows - 1) / call.tile_rows;
+  std::vector<T> inv_std;
+  if (call.shared_std.data != nullptr) fill_table(call, inv_std);
   bool any_shared = false;
   for (bool shared : call.shared) any_shared = any_shared || shared;
   std::vector<double> partials(any_shared ? static_cast<size_t>(tiles * kGaussianOutputs * A) : 0);
@@ -83,18 +102,20 @@ GaussianCall make_call(const GaussianShape& shape) {
   return call;
 }
 
+void set_std(GaussianCall& call, const View& std) { (std.row_stride == 0 ? call.shared_std : call.in[2]) = std; }
+
 }  // namespace
 
 void gaussian_log_prob(const GaussianShape& shape, View actions, View mean, View std, Output out) {
   GaussianCall call = make_call(shape);
-  call.in[0] = actions, call.in[1] = mean, call.in[2] = std, call.out[0] = out;
+  call.in[0] = actions, call.in[1] = mean, set_std(call, std), call.out[0] = out;
   with_arithmetic(call, PYFAST_PPO_RUN(gaussian_log_prob_tile, call));
 }
 
 void gaussian_log_prob_backward(const GaussianShape& shape, View actions, View mean, View std, View grad,
                                 Output grad_mean, Output grad_std) {
   GaussianCall call = make_call(shape);
-  call.in[0] = actions, call.in[1] = mean, call.in[2] = std, call.grad = grad;
+  call.in[0] = actions, call.in[1] = mean, set_std(call, std), call.grad = grad;
   call.out[0] = grad_mean, call.out[1] = grad_std, call.shared[1] = std.row_stride == 0;
   with_arithmetic(call, PYFAST_PPO_RUN(gaussian_log_prob_backward_tile, call));
 }
@@ -102,7 +123,7 @@ void gaussian_log_prob_backward(const GaussianShape& shape, View actions, View m
 void gaussian_kl_loss(const GaussianShape& shape, KlLoss kl_loss, View actions, View mean, View std, View old_log_prob,
                       Output value, Output coefficient) {
   GaussianCall call = make_call(shape);
-  call.in[0] = actions, call.in[1] = mean, call.in[2] = std, call.in[3] = old_log_prob, call.kl_loss = kl_loss;
+  call.in[0] = actions, call.in[1] = mean, set_std(call, std), call.in[3] = old_log_prob, call.kl_loss = kl_loss;
   call.out[0] = value, call.out[1] = coefficient;
   with_arithmetic(call, PYFAST_PPO_RUN(gaussian_kl_loss_tile, call));
 }

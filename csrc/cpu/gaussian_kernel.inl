@@ -29,6 +29,11 @@ struct GaussianTile {
   void write_row_sums(const T* terms, T constant, int scratch) const {
     write_back(call.out[0], row, rows, row_sums(terms, constant, scratch));
   }
+  // Where a gradient is computed: the output itself, or scratch for write_gradient.
+  T* gradient_target(int output, int scratch) const {
+    if (call.out[output].data == nullptr || call.shared[output]) return array(scratch);
+    return write_target(call.out[output], row * call.shape.num_actions, array(scratch));
+  }
   // A gradient [N, A], or this tile's share of the sum over rows for a shared std.
   void write_gradient(const T* gradient, int output) const {
     if (call.out[output].data == nullptr) return;
@@ -43,16 +48,28 @@ struct GaussianTile {
   int64_t tile_index() const { return row / call.tile_rows; }
 };
 
+// terms(i) of each element i: the log-probability's, of a std that all rows share without its logarithm.
+template <class T, class Use>
+PYFAST_PPO_INLINE void for_each_log_prob(const GaussianTile<T>& tile, const Use& use) {
+  const GaussianCall& call = tile.call;
+  const T* __restrict actions = tile.read(call.in[0], 0);
+  const T* __restrict mean = tile.read(call.in[1], 1);
+  if (call.inv_std != nullptr) {
+    const T* __restrict inv_std = static_cast<const T*>(call.inv_std);
+    for (int64_t i = 0; i < tile.n; ++i) use(i, log_prob_terms(actions[i], mean[i], inv_std[i], T(0)));
+  } else {
+    const T* __restrict std = tile.read(call.in[2], 2);
+    for (int64_t i = 0; i < tile.n; ++i) use(i, log_prob_terms(actions[i], mean[i], std[i]));
+  }
+}
+
 // One for each row, in scratch array 4.
 template <class T>
 T* log_probs(const GaussianTile<T>& tile) {
-  const GaussianCall& call = tile.call;
-  const T *actions = tile.read(call.in[0], 0), *mean = tile.read(call.in[1], 1), *std = tile.read(call.in[2], 2);
-  T* terms = tile.array(3);
-  for (int64_t i = 0; i < tile.n; ++i) {
-    terms[i] = log_prob_terms(actions[i], mean[i], std[i]).value;
-  }
-  return tile.row_sums(terms, static_cast<T>(-kHalfLog2Pi * static_cast<double>(call.shape.num_actions)), 4);
+  T* __restrict terms = tile.array(3);
+  for_each_log_prob(tile, [&](int64_t i, const LogProbTerms<T>& of_element) { terms[i] = of_element.value; });
+  const double constant = tile.call.sum_log_std + kHalfLog2Pi * static_cast<double>(tile.call.shape.num_actions);
+  return tile.row_sums(terms, static_cast<T>(-constant), 4);
 }
 
 template <class T>
@@ -91,14 +108,13 @@ void gaussian_kl_loss_tile(const GaussianCall& call, int64_t index, T* memory) {
 template <class T>
 void gaussian_log_prob_backward_tile(const GaussianCall& call, int64_t index, T* memory) {
   const GaussianTile<T> tile(call, index, memory);
-  const T *actions = tile.read(call.in[0], 0), *mean = tile.read(call.in[1], 1), *std = tile.read(call.in[2], 2);
-  const T* grad = tile.read_grad(3, 4);
-  T *grad_mean = tile.array(4), *grad_std = tile.array(5);
-  for (int64_t i = 0; i < tile.n; ++i) {
-    const LogProbTerms<T> terms = log_prob_terms(actions[i], mean[i], std[i]);
-    grad_mean[i] = grad[i] * terms.d_mean;
-    grad_std[i] = grad[i] * terms.d_std;
-  }
+  const T* __restrict grad = tile.read_grad(3, 4);
+  T* __restrict grad_mean = tile.gradient_target(0, 4);
+  T* __restrict grad_std = tile.gradient_target(1, 5);
+  for_each_log_prob(tile, [&](int64_t i, const LogProbTerms<T>& of_element) {
+    grad_mean[i] = grad[i] * of_element.d_mean;
+    grad_std[i] = grad[i] * of_element.d_std;
+  });
   tile.write_gradient(grad_mean, 0);
   tile.write_gradient(grad_std, 1);
 }
@@ -134,19 +150,22 @@ void gaussian_kl_tile(const GaussianCall& call, int64_t index, T* memory) {
 }
 
 template <class T>
-void gaussian_kl_backward_tile(const GaussianCall& call, int64_t index, T* memory) {
-  const GaussianTile<T> tile(call, index, memory);
-  const T *mean_p = tile.read(call.in[0], 0), *std_p = tile.read(call.in[1], 1);
-  const T *mean_q = tile.read(call.in[2], 2), *std_q = tile.read(call.in[3], 3);
-  const T* grad = tile.read_grad(4, 5);
-  T *grad_mean_p = tile.array(5), *grad_std_p = tile.array(6), *grad_std_q = tile.array(7);
-  for (int64_t i = 0; i < tile.n; ++i) {
+void kl_gradients(int64_t n, const T* __restrict mean_p, const T* __restrict std_p, const T* __restrict mean_q,
+                  const T* __restrict std_q, const T* __restrict grad, T* __restrict grad_mean_p,
+                  T* __restrict grad_std_p, T* __restrict grad_std_q) {
+  for (int64_t i = 0; i < n; ++i) {
     const KlOfStdsTerms<T> kl = kl_of_stds_terms(mean_p[i], std_p[i], mean_q[i], std_q[i]);
     grad_mean_p[i] = grad[i] * kl.d_mean_p;
     grad_std_p[i] = grad[i] * kl.d_std_p;
     grad_std_q[i] = grad[i] * kl.d_std_q;
   }
-  tile.write_gradient(grad_mean_p, 0);
-  tile.write_gradient(grad_std_p, 1);
-  tile.write_gradient(grad_std_q, 2);
+}
+
+template <class T>
+void gaussian_kl_backward_tile(const GaussianCall& call, int64_t index, T* memory) {
+  const GaussianTile<T> tile(call, index, memory);
+  T* const gradients[] = {tile.gradient_target(0, 5), tile.gradient_target(1, 6), tile.gradient_target(2, 7)};
+  kl_gradients(tile.n, tile.read(call.in[0], 0), tile.read(call.in[1], 1), tile.read(call.in[2], 2),
+               tile.read(call.in[3], 3), tile.read_grad(4, 5), gradients[0], gradients[1], gradients[2]);
+  for (int i = 0; i < 3; ++i) tile.write_gradient(gradients[i], i);
 }

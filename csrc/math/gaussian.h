@@ -41,10 +41,14 @@ struct LogProbTerms {
 };
 
 template <class T>
-PYFAST_PPO_INLINE LogProbTerms<T> log_prob_terms(T action, T mean, T std) {
-  const T inv_std = reciprocal_or_nan(std);
+PYFAST_PPO_INLINE LogProbTerms<T> log_prob_terms(T action, T mean, T inv_std, T log_std) {
   const T z = standardized(action, mean, inv_std);
-  return {-(T(0.5) * z * z + log_or_nan(std)), z * inv_std, (z * z - T(1)) * inv_std};
+  return {-(T(0.5) * z * z + log_std), z * inv_std, (z * z - T(1)) * inv_std};
+}
+
+template <class T>
+PYFAST_PPO_INLINE LogProbTerms<T> log_prob_terms(T action, T mean, T std) {
+  return log_prob_terms(action, mean, reciprocal_or_nan(std), log_or_nan(std));
 }
 
 // The entropy l + 1/2 log(2 pi e), and its derivative. NaN, both, if the std is at fault.
