@@ -48,7 +48,7 @@ struct GaussianTile {
   int64_t tile_index() const { return row / call.tile_rows; }
 };
 
-// terms(i) of each element i: the log-probability's, of a std that all rows share without its logarithm.
+// use(i, terms) for each element i: the log-probability's terms, without the logarithm of a std that all rows share.
 template <class T, class Use>
 PYFAST_PPO_INLINE void for_each_log_prob(const GaussianTile<T>& tile, const Use& use) {
   const GaussianCall& call = tile.call;

@@ -16,8 +16,12 @@ SCRIPT = Path(__file__).parent / "on_ptx.py"
 UNKNOWN = re.compile(r"unknown instruction \S+")
 LARGEST_ERROR = 5e-5  # of 256 actions, whose log-probability is a sum of some hundreds
 # Of the bytes in the sectors that a warp's instruction touches: how many it wants. Triton gives a row to a warp where A
-# is no multiple of 4, and then loads each row's five numbers by themselves; its last program reads coefficients again.
-LEAST_LOADED = {"cuda": {"aligned": 0.75, "others": 0.9}, "triton": {"aligned": 0.84, "others": 0.55}}
+# is no multiple of 4, and then loads each row's five numbers by themselves. Its last program reads the coefficients
+# again, one in a sector, which shows where there is hardly more to load.
+LEAST_LOADED = {
+    "cuda": {"aligned": 0.75, "others": 0.9},
+    "triton": {"loss A=1": 0.84, "aligned": 0.85, "others": 0.55},
+}
 # The few sums that a block of CUDA's loss leaves lie beside those of other blocks, each in a sector of its own.
 LEAST_STORED = {"cuda": {"aligned": 0.93, "others": 0.83}, "triton": {"aligned": 0.9, "others": 0.65}}
 
@@ -77,7 +81,8 @@ def test_coalesced(found: dict, backend: str) -> None:
         if not name.startswith("loss A=") or "A=256" in name:
             continue
         kind = "aligned" if re.search(r"A=(1|2|4|12)\b", name) else "others"
-        assert case["load_efficiency"] >= LEAST_LOADED[backend][kind], name
+        least_loaded = LEAST_LOADED[backend]
+        assert case["load_efficiency"] >= least_loaded.get(name, least_loaded[kind]), name
         assert case["store_efficiency"] >= LEAST_STORED[backend][kind], name
     assert found["cases"]["gae T=24"]["load_efficiency"] > 0.98
     assert found["cases"]["gae T=24"]["store_efficiency"] > 0.98
