@@ -49,8 +49,8 @@ class FinalValues:
         """Whether rollouts have the length and number of environments that this was made for."""
         return self._values.shape == storage.values.shape
 
-    def record(self, step: int, final_obs: Mapping[str, Any], time_outs: Tensor) -> None:
-        """The observations before the resets of one step, groups [E, ...], and which of them followed a time-out, [E].
+    def groups(self, final_obs: Any) -> dict[str, Tensor]:
+        """Those of the observations before the resets of one step that the critic needs, [E, ...] each.
 
         Raises:
             TypeError: They are not observation groups, or a group is no tensor, nor an array.
@@ -67,7 +67,10 @@ class FinalValues:
             raise KeyError(
                 f"extras['final_obs'] lacks the groups {missing} of the critic; it has {sorted(final_obs.keys())}"
             )
-        groups = {name: _group(name, final_obs[name], like) for name, like in self._like.items()}
+        return {name: _group(name, final_obs[name], like) for name, like in self._like.items()}
+
+    def record(self, step: int, groups: dict[str, Tensor], time_outs: Tensor) -> None:
+        """The observations before the resets of one step, and which of them followed a time-out, [E]."""
         self._published = self.any_recorded = True
         self._time_outs[step].copy_(time_outs)
         if self._at_once:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from pyfast_ppo import backends
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, ppo_loss_and_grad
+from pyfast_ppo.ops.shared_row import is_shared_row
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import METRICS
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, options
@@ -36,7 +37,7 @@ from pyfast_ppo.rsl_rl.policy import (
     reason_not_fused,
     row_behind,
 )
-from pyfast_ppo.rsl_rl.ranks import standardized_over_ranks
+from pyfast_ppo.rsl_rl.ranks import from_first_rank, standardized_over_ranks
 from pyfast_ppo.rsl_rl.rollout import FusedRollout
 from pyfast_ppo.schedules import RslRlScheduleBefore5
 
@@ -181,7 +182,7 @@ class FusedPPO(FusedRollout):
             self._fall_back(reason)
             return
         reason = self._fuse_rollout(cuda_graph)
-        self._without_sampling = SampleInstead(self._raw_actor.distribution, mean_of)
+        self._without_sampling = SampleInstead(self._raw_actor, mean_of)
         self._controlled: tuple = ()
         self._num_controls = 0
         self._rates: list[DeviceRate] = []  # of the optimizers
@@ -267,8 +268,10 @@ class FusedPPO(FusedRollout):
 
     def update(self) -> dict[str, float]:
         """Run optimization epochs over stored batches and return mean losses."""
-        if self._stock_reason is None and (law := law_not_gaussian(self._raw_actor.distribution)):
-            self._fall_back(law)  # which can be seen only now, after the policy has acted
+        if self._stock_reason is None:  # the user may have put in another policy; and its law shows once it has acted
+            reason = reason_not_fused(self._raw_actor) or law_not_gaussian(self._raw_actor.distribution)
+            if reason is not None:
+                self._fall_back(reason)
         if self._stock_reason is not None:
             counts = {name: float(count) for name, count in self._final_values.counts().items()}
             return super().update() | counts
@@ -306,11 +309,11 @@ class FusedPPO(FusedRollout):
     def _put_inputs_on_device(self) -> None:
         """What changes from one update to the next, and is not in the storage: in memory that stays."""
         if self._kl_control.adaptive:
-            self._rate.start(self.learning_rate)
+            from_first_rank(self._rate.start(self.learning_rate), self._world_size)
         if self._kl_control.penalty is not None:  # filled in, not copied: a copy to a GPU would wait
             if self._penalty_coef is None:
                 self._penalty_coef = torch.empty((), dtype=torch.float64, device=self.device)
-            self._penalty_coef.fill_(self.kl_coef)
+            from_first_rank(self._penalty_coef.fill_(self.kl_coef), self._world_size)
         rows_each = self._rows_of_a_mini_batch()
         if not self._recurrent and not self._storage_draws:
             epochs = self.num_learning_epochs if self.reshuffle else 1
@@ -350,6 +353,7 @@ class FusedPPO(FusedRollout):
     def _steps(self) -> Run:
         """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
         run = Run(self.kl_coef if self._penalty_coef is None else self._penalty_coef)
+        detach_last_forward(self._raw_actor.distribution)  # of the user's, and of the last step
         self._kl_control.begin()
         compiled = self.actor is not self._raw_actor
         models = () if compiled else (self._raw_actor, self._raw_critic)
@@ -394,7 +398,13 @@ class FusedPPO(FusedRollout):
         return addresses(modules, tensors), modes(modules), numbers, matmul_precision()
 
     def _raise_if_lost(self, loss_dict: dict[str, float], steps: int) -> None:
-        """If none of the steps could be taken, or one could not and that is an error."""
+        """If none of the steps could be taken, or one could not and that is an error; and where the policy is lost."""
+        if self.nonfinite == "ignore" and math.isnan(loss_dict["entropy"]):
+            self.storage.clear()
+            raise NonFiniteError(
+                f"iteration {self._iteration}: the std of the policy is not finite, so that no action can be drawn; "
+                "nonfinite='skip' keeps steps that would make it so out of the networks"
+            )
         count = loss_dict.get("nonfinite_steps", 0.0)
         if count == 0.0 or (self.nonfinite == "skip" and count < steps):
             return
@@ -455,6 +465,9 @@ class FusedPPO(FusedRollout):
             rows.append(row if share == 1.0 else row * share)
         run.add(names, rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))
         self._kl_control.before_step(run)
+        if self._kl_control.adaptive:
+            # hooks of the optimizer may read it; a number again in the end
+            self.learning_rate = self._rate.value  # type: ignore[assignment]
         self._apply(run)
 
     def _whole_mini_batches(self) -> bool:
@@ -503,7 +516,7 @@ class FusedPPO(FusedRollout):
 
         std = row_behind(std)
         old_mean, old_std = batch.old_distribution_params
-        if self._stores_std_once:
+        if is_shared_row(old_std):
             old_std = first_row(old_std)
         num_original = original_batch_size if augmented else None
         out, loss_grads = ppo_loss_and_grad(

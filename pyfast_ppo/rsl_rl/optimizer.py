@@ -35,17 +35,15 @@ class DeviceRate:
         self._in_graph = in_graph
         self._initial: Any = None  # 0-dim float64, from the first update on
         self._value: Any = None  # 0-dim float64, while an update runs
-        self._options: list[dict] = []  # of each group, as it was made
+        self._options: list[tuple[dict, dict]] = []  # each group, and its options as it was made
         self.prepare()
 
     def prepare(self) -> None:
         """Chooses the step that takes a tensor. To be called again after the optimizer or its state was changed."""
         groups = self._optimizer.param_groups
-        for group, options in zip(groups, self._options, strict=False):
-            group.update(options)
-        self._options += [
-            {name: group[name] for name in _OPTIONS if name in group} for group in groups[len(self._options) :]
-        ]
+        for group in groups:
+            group.update(self._made_with(group))
+        self._options = [(group, {name: group[name] for name in _OPTIONS if name in group}) for group in groups]
         self.option = option = fitting_option(self._optimizer)
         self.on_device = option is not None
         self.can_skip = option == "fused"
@@ -63,12 +61,12 @@ class DeviceRate:
                     step = torch.as_tensor(state["step"], dtype=torch.float32)
                     state["step"] = step.to(parameter.device)
 
-    def start(self, rate: float) -> None:
+    def start(self, rate: float) -> Tensor:
         """``rate`` from ``begin`` on; filled in, not copied: a copy to a GPU would wait. Always the same memory."""
         if self._initial is None:
             device = self._optimizer.param_groups[0]["params"][0].device
             self._initial = torch.empty((), dtype=torch.float64, device=device)
-        self._initial.fill_(rate)
+        return self._initial.fill_(rate)
 
     def begin(self) -> None:
         """The steps that follow have the rate of ``start``."""
@@ -81,9 +79,17 @@ class DeviceRate:
             i: {k: v.cpu() if k == "step" and isinstance(v, Tensor) else v for k, v in state.items()}
             for i, state in saved["state"].items()
         }
-        for group, options in zip(saved["param_groups"], self._options, strict=True):
-            group.update(options)
+        for group, saved_group in zip(self._optimizer.param_groups, saved["param_groups"], strict=True):
+            saved_group.update(self._made_with(group))
         return saved
+
+    def _made_with(self, group: dict) -> dict:
+        """The options that were the group's own: nothing for a new one.
+
+        ``load_state_dict`` puts other dictionaries in the groups' places, with the same lists of parameters.
+        """
+        same = (options for known, options in self._options if known is group or known["params"] is group["params"])
+        return next(same, {})
 
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether it is the rate of this one."""

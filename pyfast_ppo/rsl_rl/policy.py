@@ -38,7 +38,11 @@ def reason_not_fused(actor: MLPModel) -> str | None:
         (distribution, GaussianDistribution, _FORMULAS),
         (actor, MLPModel, _MODEL_FORMULAS),
     ):
-        own = [name for name in formulas if getattr(type(part), name, None) is not getattr(base, name)]
+        own = [
+            name
+            for name in formulas
+            if name in vars(part) or getattr(type(part), name, None) is not getattr(base, name)
+        ]
         if own:
             return f"{type(part).__name__} has its own {', '.join(own)}"
     return None
@@ -67,11 +71,6 @@ def normalizes(model: nn.Module) -> bool:
     return getattr(model, "obs_normalization", True)
 
 
-def std_is_parameter(distribution: Distribution) -> bool:
-    """Whether the std depends on parameters only: then it is one row, the same for a whole rollout."""
-    return type(distribution).update is GaussianDistribution.update
-
-
 def row_behind(std: Tensor) -> Tensor:
     """The [A] tensor that ``std`` was expanded from, if it was: its gradient then needs no sum over N rows."""
     base = std._base
@@ -79,15 +78,35 @@ def row_behind(std: Tensor) -> Tensor:
 
 
 def store_std_once(storage: RolloutStorage, transition: RolloutStorage.Transition) -> None:
-    """Has the storage keep a state-independent std as one row [A], which it sees as [T, E, A]."""
+    """Has the storage keep a std that is one row [A] as one row for the whole rollout, which it sees as [T, E, A].
+
+    That it is one can be seen where it is expanded over the environments, and only there: a model may make a std of the
+    state from whatever distribution it has. One that is not, or that came first, is kept in full.
+    """
     mean, std = transition.distribution_params
-    num_steps = storage.num_transitions_per_env
-    if storage.distribution_params is None:
+    if storage.distribution_params is None and is_shared_row(std):
+        num_steps = storage.num_transitions_per_env
         means = torch.zeros(num_steps, *mean.shape, device=storage.device)
         row = torch.zeros(std.shape[-1], device=storage.device)
         storage.distribution_params = (means, row.expand(num_steps, *std.shape))
-    first_row(storage.distribution_params[1]).copy_(first_row(std))
-    transition.distribution_params = (mean,)
+    if storage.distribution_params is not None and keeps_row(storage, std):
+        transition.distribution_params = (mean,)
+
+
+def keeps_row(storage: RolloutStorage, std: Tensor) -> bool:
+    """Whether the storage has the std [E, A] now, as its row.
+
+    A std that no row stands for needs all of [T, E, A]: then the storage gets that.
+    """
+    means, kept = storage.distribution_params
+    if not is_shared_row(kept):
+        return False
+    if not is_shared_row(std):
+        storage.distribution_params = (means, kept.contiguous())
+        return False
+    if std.data_ptr() != kept.data_ptr():
+        first_row(kept).copy_(first_row(std))
+    return True
 
 
 def first_row(t: Tensor) -> Tensor:
@@ -97,8 +116,9 @@ def first_row(t: Tensor) -> Tensor:
 
 def sample_without_waiting(distribution: GaussianDistribution) -> Tensor:
     """What ``Normal.sample`` draws, to the bit, without its check of the std, for which the host waits on a GPU."""
-    if law_not_gaussian(distribution):
-        return type(distribution).sample(distribution)
+    own = type(distribution).sample
+    if own is not GaussianDistribution.sample or law_not_gaussian(distribution):
+        return own(distribution)
     with torch.no_grad():
         mean, std = distribution.mean, distribution.std
         return torch.randn_like(mean).mul_(std).add_(mean)
@@ -112,18 +132,19 @@ def mean_of(distribution: Distribution) -> Tensor:
 class SampleInstead:
     """Lets a policy's forward pass run with another way to draw actions, or without drawing any."""
 
-    def __init__(self, distribution: Distribution, instead: Callable[[Any], Tensor]) -> None:
+    def __init__(self, actor: MLPModel, instead: Callable[[Any], Tensor]) -> None:
         """``instead``: a function of a module, so that this can be copied and pickled with its distribution."""
-        self._distribution = distribution
+        self._actor = actor
         self._instead = instead
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        if "sample" in vars(self._distribution):  # the user's own
+        distribution = self._actor.distribution  # the user may have put in another one
+        if "sample" in vars(distribution):  # the user's own
             yield
             return
-        self._distribution.sample = partial(self._instead, self._distribution)  # hides the method of the class
+        distribution.sample = partial(self._instead, distribution)  # hides the method of the class
         try:
             yield
         finally:
-            del self._distribution.sample
+            del distribution.sample

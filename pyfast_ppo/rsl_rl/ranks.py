@@ -15,6 +15,13 @@ def mean_over_ranks(x: Tensor, world_size: int) -> Tensor:
     return total / world_size
 
 
+def from_first_rank(x: Tensor, world_size: int) -> Tensor:
+    """What the first process has, in place: rsl_rl's learning rate is decided there, too."""
+    if world_size > 1:
+        torch.distributed.broadcast(x, src=0)
+    return x
+
+
 def standardized_over_ranks(x: Tensor, world_size: int) -> Tensor:
     """(x - mean) / (std + 1e-8) with mean and unbiased std over all processes, which have equally many elements."""
     mean = mean_over_ranks(x.mean(), world_size)

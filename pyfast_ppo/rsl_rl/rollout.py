@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from rsl_rl.algorithms import PPO
-from rsl_rl.modules.distribution import GaussianDistribution
 from tensordict import TensorDict
 from torch import Tensor
 
 from pyfast_ppo.ops.gae import gae
-from pyfast_ppo.ops.shared_row import is_shared_row
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes
@@ -22,10 +20,9 @@ from pyfast_ppo.rsl_rl.mini_batches import own_methods
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
     SampleInstead,
-    first_row,
+    keeps_row,
     normalizes,
     sample_without_waiting,
-    std_is_parameter,
     store_std_once,
 )
 from pyfast_ppo.rsl_rl.ranks import standardized_over_ranks
@@ -55,20 +52,20 @@ class FusedRollout(PPO):
         self.global_advantage_statistics = global_advantage_statistics
         self._world_size = self.gpu_world_size if self.is_multi_gpu else 1
         self._final_values = self._new_final_values()
-        self._ignores_terminated = False
+        self._warned: set[str] = set()
+        self._computed_returns = False  # since the rollout began, by this class
+        self._uses_final_values = True
         self._own_methods: list[str] = []  # of the storage
         self._sampling: Callable[[], AbstractContextManager] = nullcontext
-        self._std_is_parameter = False
+        self._is_gaussian = False
         self._captured_rollout: Captured[None] | None = None
         self._rollout_key: tuple = ()
         self._last_obs: Any = None  # the memory of what the rollout ended with, for a graph
 
     def _fuse_rollout(self, cuda_graph: bool) -> str | None:
         """What can be done for a diagonal Gaussian policy only. Returns why it cannot be a CUDA graph, if it cannot."""
-        distribution = self._raw_actor.distribution
-        self._std_is_parameter = std_is_parameter(distribution)
-        if type(distribution).sample is GaussianDistribution.sample:
-            self._sampling = SampleInstead(distribution, sample_without_waiting)
+        self._is_gaussian = True
+        self._sampling = SampleInstead(self._raw_actor, sample_without_waiting)
         if not cuda_graph:
             return None
         reason = self._reason_rollout_not_captured()
@@ -130,51 +127,79 @@ class FusedRollout(PPO):
         st.actions[st.step].copy_(acted.actions)
         st.values[st.step].copy_(acted.values)
         st.actions_log_prob[st.step].copy_(acted.actions_log_prob.view(-1, 1))
-        for place, params in zip(st.distribution_params, acted.distribution_params, strict=True):
-            if is_shared_row(place):
-                first_row(place).copy_(first_row(params))
-            else:
-                place[st.step].copy_(params)
+        mean, std = acted.distribution_params
+        st.distribution_params[0][st.step].copy_(mean)
+        if not keeps_row(st, std):
+            st.distribution_params[1][st.step].copy_(std)
 
     def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Any]) -> None:
         """Record one environment step."""
         if self.storage.step == 0:
-            if not self._final_values.fits(self.storage):  # the user has put in another one
-                self._final_values = self._new_final_values()
-            self._final_values.begin()
-            self._follow_storage()
-        if self.time_out_bootstrap == "final_obs" and "time_outs" in extras:
+            self._begin_rollout()
+        tells_more = "terminated" in extras or extras.get("final_obs") is not None
+        if self.time_out_bootstrap == "final_obs" and "time_outs" in extras and tells_more:
             extras = dict(extras)
-            time_outs = extras.pop("time_outs").bool()  # costs nothing where they are boolean already
+            time_outs = extras["time_outs"].bool()  # costs nothing where they are boolean already
             if "terminated" in extras and self._names_environments(extras["terminated"]):
                 time_outs = time_outs & ~extras["terminated"].to(time_outs.device).bool().reshape_as(time_outs)
-            if extras.get("final_obs") is not None and self.storage.step < self.storage.num_transitions_per_env:
-                self._final_values.record(self.storage.step, extras["final_obs"], time_outs)
+            if self._takes_final_obs(extras.get("final_obs"), time_outs):
+                del extras["time_outs"]
             else:  # PPO adds γ V(s_t) to the reward
                 extras["time_outs"] = time_outs
-        if self._stores_std_once:
+        if self._is_gaussian and not self._own_methods:
             store_std_once(self.storage, self.transition)
         super().process_env_step(obs, rewards, dones, extras)
+
+    def _begin_rollout(self) -> None:
+        if not self._final_values.fits(self.storage):  # the user has put in another one
+            self._final_values = self._new_final_values()
+        self._final_values.begin()
+        self._follow_storage()
+        own = type(self).compute_returns is FusedRollout.compute_returns and "compute_returns" not in vars(self)
+        # one of the user's own need not come to ours, which alone knows of final values
+        self._uses_final_values = own or self._computed_returns
+        self._computed_returns = False
 
     def _names_environments(self, terminated: Any) -> bool:
         """Whether it has one entry for each; the key is nobody's in rsl_rl, and users log under it, too."""
         if isinstance(terminated, Tensor) and terminated.numel() == self.storage.num_envs and terminated.dim() > 0:
             return True
-        if not self._ignores_terminated:
-            self._ignores_terminated = True
-            form = f"a {type(terminated).__name__}"
-            if isinstance(terminated, Tensor):
-                form += f" of shape {tuple(terminated.shape)}"
-            logger.warning(
-                "extras['terminated'] is ignored: it is %s, not a tensor with an entry for each of the %d environments."
-                " Time-outs bootstrap, whether the episode terminated in the same step or not.",
-                form,
-                self.storage.num_envs,
-            )
+        form = f"a {type(terminated).__name__}"
+        if isinstance(terminated, Tensor):
+            form += f" of shape {tuple(terminated.shape)}"
+        self._warn_once(
+            f"extras['terminated'] is ignored: it is {form}, not a tensor with an entry for each of the "
+            f"{self.storage.num_envs} environments. Time-outs bootstrap, whether the episode terminated in the same "
+            "step or not."
+        )
         return False
+
+    def _takes_final_obs(self, final_obs: Any, time_outs: Tensor) -> bool:
+        """Whether time-outs bootstrap from these; a user's environment may mean something else by that key, too."""
+        if final_obs is None or self.storage.step >= self.storage.num_transitions_per_env:
+            return False
+        if not self._uses_final_values:
+            self._warn_once(
+                f"extras['final_obs'] is left out while {type(self).__name__} has a compute_returns of its own that "
+                "has not called FusedPPO's: time-outs bootstrap from V(s_t), as in PPO."
+            )
+            return False
+        try:
+            groups = self._final_values.groups(final_obs)
+        except (TypeError, KeyError, ValueError) as error:
+            self._warn_once(f"{error.args[0]}. It is ignored: time-outs bootstrap from V(s_t), as in PPO.")
+            return False
+        self._final_values.record(self.storage.step, groups, time_outs)
+        return True
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
     def compute_returns(self, obs: TensorDict) -> None:
         """Compute return and advantage targets from stored transitions."""
+        self._computed_returns = True
         if self._captured_rollout is None:
             self._returns(obs)
         else:
@@ -195,7 +220,9 @@ class FusedRollout(PPO):
         time_outs, final_values = self._final_values.collect(st.values)
         normalize = not self.normalize_advantage_per_mini_batch
         over_ranks = self.global_advantage_statistics and self._world_size > 1
-        gae(
+        in_place = all(t.is_contiguous() and t.dtype == torch.float32 for t in (st.advantages, st.returns))
+        in_place &= not any(t.dtype == torch.float64 for t in (st.rewards, st.values, last_values))
+        advantages, returns = gae(
             st.rewards,
             st.values,
             st.dones,
@@ -205,9 +232,12 @@ class FusedRollout(PPO):
             time_outs=time_outs,
             final_values=final_values,
             normalize=normalize and not over_ranks,
-            out=(st.advantages, st.returns),
+            out=(st.advantages, st.returns) if in_place else None,
             backend=self.backend,
         )
+        if not in_place:  # a storage or a critic of the user's own
+            st.advantages.copy_(advantages)
+            st.returns.copy_(returns)
         if normalize and over_ranks:
             st.advantages.copy_(standardized_over_ranks(st.advantages, self._world_size))
 
@@ -237,10 +267,6 @@ class FusedRollout(PPO):
         changed = own != self._own_methods
         self._own_methods = own
         return changed
-
-    @property
-    def _stores_std_once(self) -> bool:
-        return self._std_is_parameter and not self._own_methods
 
     @property
     def _recurrent(self) -> bool:

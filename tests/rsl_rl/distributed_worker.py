@@ -25,7 +25,9 @@ ITERATIONS = 8
 RND = {"num_outputs": 4, "predictor_hidden_dims": [8], "target_hidden_dims": [8], "weight": 0.5}
 
 
-def train(algorithm: str, rank: int, nudge: float = 0.0, **args: object) -> dict:
+def train(
+    algorithm: str, rank: int, nudge: float = 0.0, rate_of_first_rank: float | None = None, **args: object
+) -> dict:
     torch.manual_seed(10 + rank)  # each process has networks, actions and an environment of its own
     env = PointEnv(num_envs=16, seed=rank)
     cfg = make_config(algorithm, args={"schedule": "adaptive", "rnd_cfg": dict(RND), **args})
@@ -40,7 +42,9 @@ def train(algorithm: str, rank: int, nudge: float = 0.0, **args: object) -> dict
     alg.broadcast_parameters()
     rates, losses = [], []
     alg.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(rate_of(optimizer)))
-    for _ in range(ITERATIONS):
+    for iteration in range(ITERATIONS):
+        if rank == 0 and iteration == ITERATIONS // 2 and rate_of_first_rank is not None:
+            alg.learning_rate = rate_of_first_rank
         roll_out(alg, env)
         losses.append(alg.update())
     trained = {"before": before, "state": state_of(alg), "rates": rates, "losses": losses}
@@ -108,6 +112,7 @@ def main() -> None:
         "nudged": train("PPO", rank, nudge=2**-23),
         "fused": train(FUSED, rank, keep_random_stream=True),
         "default": train(FUSED, rank),
+        "another rate in the first": train(FUSED, rank, rate_of_first_rank=1e-4),
         "proportional": train(FUSED, rank, kl_rule="proportional"),
         "rsl_rl_4": train(FUSED, rank, kl_rule="rsl_rl_4"),
         "early_stop": train(FUSED, rank, early_stop_kl=3e-3),

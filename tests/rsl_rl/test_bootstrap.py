@@ -10,6 +10,7 @@ from itertools import count
 
 import pytest
 import torch
+from rsl_rl.algorithms import PPO
 from rsl_rl.env import VecEnv
 from rsl_rl.models import MLPModel
 from rsl_rl.runners import OnPolicyRunner
@@ -17,7 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfast_ppo.rsl_rl import mini_batches
+from pyfast_ppo.rsl_rl import FusedPPO, mini_batches
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 GAMMA, LAM = 0.9, 0.95
@@ -448,12 +449,51 @@ def test_what_is_not_an_environments_termination_is_ignored(
     assert "with an entry for each of the 64 environments" in told[0]
 
 
-def test_wrong_arguments_are_named(new_run: Callable) -> None:
+class OwnReturns(FusedPPO):
+    def compute_returns(self, obs: TensorDict) -> None:
+        PPO.compute_returns(self, obs)
+
+
+class AddsToReturns(FusedPPO):
+    def compute_returns(self, obs: TensorDict) -> None:
+        self.storage.rewards += 0.0
+        super().compute_returns(obs)
+
+
+def test_a_compute_returns_of_the_users_own(new_run: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    """What it has to see is in the rewards, as in PPO."""
+    stock, _ = recorded_run(new_run, {}, with_final_obs, "PPO")
+    ours, _ = recorded_run(new_run, {}, with_final_obs, OwnReturns)
+    for run in (stock, ours):
+        run.alg.storage.clear()
+        torch.manual_seed(3)
+        run.rollout()
+    torch.testing.assert_close(ours.alg.storage.returns, stock.alg.storage.returns, rtol=1e-5, atol=1e-5)
+    assert caplog.text.count("OwnReturns has a compute_returns of its own that has not called FusedPPO's") == 1
+
+
+def test_one_that_calls_ours_has_final_values_from_the_second_rollout_on(new_run: Callable) -> None:
+    runs = [recorded_run(new_run, {}, with_final_obs, algorithm)[0] for algorithm in (FUSED, AddsToReturns)]
+    assert not torch.equal(*(run.alg.storage.returns for run in runs))
+    for run in runs:
+        run.alg.storage.clear()
+        torch.manual_seed(3)
+        run.rollout()
+    assert torch.equal(*(run.alg.storage.returns for run in runs))
+
+
+def test_wrong_arguments_are_named(new_run: Callable, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"time_out_bootstrap must be one of \('final_obs', 'rsl_rl'\), got 'stock'"):
         new_run(FUSED, args={"time_out_bootstrap": "stock"})
-    with pytest.raises(KeyError, match=r"lacks the groups \['privileged'\] of the critic; it has \['policy'\]"):
-        recorded_run(new_run, {}, lambda final_obs, _: {"final_obs": final_obs.select("policy")})
-    with pytest.raises(ValueError, match=r"extras\['final_obs'\]\['policy'\] has the shape \(3, 6\), but .* \(64, 6\)"):
-        recorded_run(new_run, {}, lambda final_obs, _: {"final_obs": {**final_obs, "policy": final_obs["policy"][:3]}})
-    with pytest.raises(TypeError, match=r"extras\['final_obs'\]\['policy'\] must be a tensor \[E, ...\], got NoneType"):
-        recorded_run(new_run, {}, lambda final_obs, _: {"final_obs": {**final_obs, "policy": None}})
+    wrong = {
+        "lacks the groups ['privileged'] of the critic; it has ['policy']": lambda obs: obs.select("policy"),
+        "['policy'] has the shape (3, 6), but the observation group has (64, 6)": lambda obs: {
+            **obs,
+            "policy": obs["policy"][:3],
+        },
+        "['policy'] must be a tensor [E, ...], got NoneType": lambda obs: {**obs, "policy": None},
+    }
+    for message, form in wrong.items():
+        caplog.clear()
+        recorded_run(new_run, {}, lambda final_obs, _, form=form: {"final_obs": form(final_obs)})
+        assert message in caplog.text

@@ -125,6 +125,22 @@ def test_the_options_of_the_step_are_saved_as_they_were_made(new_run: Callable) 
         assert {name: group[name] for name in options} == options
 
 
+def test_groups_of_parameters_that_come_and_go(new_run: Callable) -> None:
+    run = new_run(FUSED)
+    (made,) = new_run("PPO").alg.save()["optimizer_state_dict"]["param_groups"]
+    groups = run.alg.optimizer.param_groups
+    of_actor, of_critic = (list(model.parameters()) for model in (run.alg.actor, run.alg.critic))
+    del groups[0]["params"][len(of_actor) :]
+    run.alg.optimizer.add_param_group({"params": of_critic, "lr": 2e-3})
+    run.learn(1)
+    assert len(run.alg.save()["optimizer_state_dict"]["param_groups"]) == 2
+    groups[0]["params"].extend(groups.pop()["params"])
+    run.learn(1)
+    (saved,) = run.alg.save()["optimizer_state_dict"]["param_groups"]
+    assert [saved[name] for name in ("fused", "foreach")] == [made[name] for name in ("fused", "foreach")]
+    assert saved["params"] == made["params"]
+
+
 def test_a_compiled_run_loads_the_checkpoint_of_a_plain_one(
     new_run: Callable, resumed: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,10 @@ def trained(state: dict) -> dict:
     return {name: t for name, t in state.items() if not name.startswith("rnd_state_dict.target.")}
 
 
-@pytest.mark.parametrize("run", ["stock", "fused", "default", "proportional", "rsl_rl_4", "early_stop", "penalty"])
+RUNS = ["stock", "fused", "default", "another rate in the first", "proportional", "rsl_rl_4", "early_stop", "penalty"]
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_the_ranks_end_with_the_same_parameters_and_learning_rate(
     run: str, ranks: list[dict], state_distance: Callable
 ) -> None:

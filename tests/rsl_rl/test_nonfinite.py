@@ -99,6 +99,19 @@ def test_as_ppo_if_it_is_ignored(new_run: Callable) -> None:
     assert any(p.isnan().any() for p in parameters(run.alg))
 
 
+def test_a_run_whose_std_is_lost_ends_as_with_ppo(new_run: Callable) -> None:
+    """There torch refuses to draw from it, at the next step of the environment."""
+    ends = []
+    for algorithm, args in (("PPO", {}), (FUSED, {"nonfinite": "ignore"})):
+        run = new_run(algorithm, args=args).rollout()
+        run.alg.storage.actions[2, 5] = math.nan
+        with pytest.raises(RuntimeError, match=r"all elements of std >= 0.0|std of the policy is not finite"):
+            run.alg.update()
+            run.rollout()
+        ends.append(all(p.isnan().any() for p in run.alg.actor.parameters()))
+    assert ends == [True, True]
+
+
 def test_an_error_after_one_such_step(new_run: Callable) -> None:
     run = new_run(FUSED, args={**SPLIT, **PER_MINI_BATCH, "nonfinite": "raise"}).rollout()
     run.alg.storage.returns[2, 5] = math.inf

@@ -94,6 +94,122 @@ def test_a_std_of_another_shape(
     assert fused.distance(stock) < 1e-5
 
 
+class OwnForward(MLPModel):
+    """A std of the state, behind a distribution whose own is a parameter."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.head = nn.Linear(self.obs_dim, 3)
+
+    def forward(self, obs, masks=None, hidden_state=None, stochastic_output=False):
+        latent = self.get_latent(obs)
+        mean = self.mlp(latent)
+        if not stochastic_output:
+            return mean
+        self.distribution._distribution = Normal(mean, nn.functional.softplus(self.head(latent)) + 0.1)
+        return self.distribution.sample()
+
+
+def test_an_actor_with_a_std_of_its_own(train: Callable) -> None:
+    runs = [
+        train(name, 3, actor={"class_name": OwnForward}, args=args) for name, args in (("PPO", {}), (FUSED, PARITY))
+    ]
+    assert runs[1].rates == pytest.approx(runs[0].rates, rel=1e-6)
+    assert len(set(runs[1].rates)) > 2
+    assert runs[1].distance(runs[0]) < 1e-5
+
+
+def of_the_state(distribution: GaussianDistribution, mean: Tensor) -> None:
+    distribution._distribution = Normal(mean, distribution.std_param * (1.0 + mean.square()))
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_std_that_becomes_one_of_the_state(step: int, new_run: Callable) -> None:
+    """Also in the middle of a rollout, whose first steps had one row."""
+    runs = []
+    for algorithm, args in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args=args).learn(1)
+        act, distribution = run.alg.act, run.alg.actor.distribution
+
+        def change_and_act(obs: TensorDict, run=run, act=act, distribution=distribution) -> Tensor:
+            if run.alg.storage.step == step:
+                distribution.update = lambda mean: of_the_state(distribution, mean)
+            return act(obs)
+
+        run.alg.act = change_and_act
+        runs.append(run.learn(3))
+    assert runs[1].rates == pytest.approx(runs[0].rates, rel=1e-6)
+    assert runs[1].distance(runs[0]) < 1e-5
+
+
+def test_another_distribution(new_run: Callable) -> None:
+    runs = []
+    for algorithm, args in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args=args).learn(1)
+        run.alg.actor.distribution = OneStd(3)
+        runs.append(run.learn(3))
+    assert runs[1].distance(runs[0]) < 1e-5
+
+
+def test_a_storage_that_ppo_has_filled(new_run: Callable) -> None:
+    run = new_run(FUSED)
+    run.alg.storage = new_run("PPO", seed=2).rollout().alg.storage
+    run.alg.storage.clear()
+    run.learn(2)
+    assert all(losses["first_kl"] < 1e-9 for losses in run.losses)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"get_kl_divergence": lambda old, new: torch.ones(len(old[0]))},
+        {"get_output_log_prob": lambda actions: -actions.square().sum(-1) * 0.5},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_formulas_of_one_policy_alone(changes: dict, new_run: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    runs = []
+    for algorithm, args in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args={**args, "learning_rate": 1e-3}).learn(1)
+        run.losses.clear()
+        for name, formula in changes.items():
+            setattr(run.alg.actor, name, formula)
+        try:
+            run.learn(2)
+        except RuntimeError as error:  # log-probabilities that nothing learned made
+            assert "does not require grad" in str(error)
+        runs.append(run)
+    assert f"MLPModel has its own {next(iter(changes))}" in caplog.text
+    assert [losses["surrogate"] for losses in runs[1].losses] == pytest.approx(
+        [losses["surrogate"] for losses in runs[0].losses], abs=1e-5
+    )
+    assert runs[1].alg.learning_rate == pytest.approx(runs[0].alg.learning_rate, rel=1e-6)
+    assert runs[1].distance(runs[0]) < 1e-5
+
+
+class DoubleCritic(MLPModel):
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return super().forward(*args, **kwargs).double()
+
+
+def test_a_critic_of_another_type(train: Callable) -> None:
+    runs = [
+        train(name, 2, critic={"class_name": DoubleCritic}, args=args) for name, args in (("PPO", {}), (FUSED, PARITY))
+    ]
+    assert runs[1].distance(runs[0]) < 1e-5
+
+
+def test_a_storage_of_another_layout(new_run: Callable) -> None:
+    runs = []
+    for algorithm, args in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args=args)
+        for name in ("values", "returns", "advantages"):
+            steps, envs, _ = getattr(run.alg.storage, name).shape
+            setattr(run.alg.storage, name, torch.zeros(envs, steps, 1).transpose(0, 1))
+        runs.append(run.learn(2))
+    assert runs[1].distance(runs[0]) < 1e-5
+
+
 class DrawsFromLaplace(GaussianDistribution):
     def update(self, mlp_output: Tensor) -> None:
         self._distribution = Laplace(mlp_output, self.std_param.clamp(1e-3, 10.0) / 2**0.5)
@@ -311,18 +427,63 @@ def test_a_rollout_that_is_left_does_not_bootstrap_the_next(new_run: Callable) -
     assert torch.equal(*returns)
 
 
-def test_final_observations_of_another_form(new_run: Callable) -> None:
-    run = new_run(FUSED)
-    obs = run.env.get_observations()
-    rewards, dones = torch.zeros(32), torch.ones(32, dtype=torch.long)
-    extras = {"time_outs": dones.bool()}
-    run.alg.act(obs)
-    with pytest.raises(TypeError, match=r"extras\['final_obs'\] must be a TensorDict or a dictionary.*got Tensor"):
-        run.alg.process_env_step(obs, rewards, dones, {**extras, "final_obs": torch.zeros(32, 6)})
-    run.alg.process_env_step(obs, rewards, dones, {**extras, "final_obs": None})
-    run.alg.act(obs)
-    columns = {"terminated": torch.zeros(32, 1), "final_obs": obs}
-    run.alg.process_env_step(obs, rewards, dones, {**extras, **columns})
+FOREIGN_FORMS = {
+    "tensor": lambda obs: torch.zeros(32, 6),
+    "nothing": lambda obs: {},
+    "another group": lambda obs: {"policy": obs["policy"]},
+    "some rows": lambda obs: {name: group[:3] for name, group in obs.items()},
+    "no tensor": lambda obs: {name: None for name in obs.keys()},  # noqa: SIM118
+}
+
+
+@pytest.mark.parametrize("form", FOREIGN_FORMS)
+def test_final_observations_of_another_form(form: str, new_run: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    """Somebody's own meaning of the key, which rsl_rl does not look at."""
+    runs = []
+    for algorithm, args in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args=args)
+        step = run.env.step
+
+        def with_final_obs(actions: Tensor, step: Callable = step) -> tuple:
+            obs, rewards, dones, extras = step(actions)
+            return obs, rewards, dones, {**extras, "final_obs": FOREIGN_FORMS[form](obs)}
+
+        run.env.step = with_final_obs
+        runs.append(run.learn(3))
+    assert runs[1].env.num_time_outs > 0
+    assert runs[1].distance(runs[0]) < 1e-5
+    assert caplog.text.count("It is ignored: time-outs bootstrap from V(s_t), as in PPO.") == 1
+    assert "extras['final_obs']" in caplog.text
+
+
+def test_time_outs_with_weights(new_run: Callable) -> None:
+    """rsl_rl multiplies by them."""
+    runs = []
+    for algorithm, args in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args=args)
+        step = run.env.step
+
+        def with_weights(actions: Tensor, step: Callable = step) -> tuple:
+            obs, rewards, dones, extras = step(actions)
+            return obs, rewards, dones, {"time_outs": 0.5 * extras["time_outs"].float()}
+
+        run.env.step = with_weights
+        runs.append(run.learn(3))
+    assert runs[1].env.num_time_outs > 0
+    assert runs[1].distance(runs[0]) < 1e-5
+
+
+def test_a_hook_that_reads_the_learning_rate(new_run: Callable) -> None:
+    seen: dict[str, list] = {}
+    for algorithm in ("PPO", FUSED):
+        run = new_run(algorithm, args=PARITY if algorithm == FUSED else {})
+        rates = seen[algorithm] = []
+        alg = run.alg
+        alg.optimizer.register_step_pre_hook(lambda *_, alg=alg, rates=rates: rates.append(float(alg.learning_rate)))
+        run.learn(2)
+        assert type(alg.learning_rate) is float
+    assert seen[FUSED] == pytest.approx(seen["PPO"], rel=1e-6)
+    assert len(set(seen[FUSED])) > 2
 
 
 def test_more_mini_batches_than_rows(new_run: Callable) -> None:
