@@ -1,5 +1,7 @@
 """What one call of ppo_loss_and_grad costs the host: checks, outputs, and the launch.
 
+On a GPU it says first what torch's profiler sees of a call, and how that is counted (pyfast_ppo/bench/counts.py).
+
 python bench/bench_launch.py                  # CPU tensors, the CUDA launch itself left out (tests/csrc/emulation)
 python bench/bench_launch.py --device cuda    # GPU tensors, with it; the GPU works on meanwhile
 python bench/bench_launch.py --save           # also writes bench/results/<machine>/<date>.json
@@ -11,13 +13,15 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import pyfast_ppo
 from pyfast_ppo.bench import results, tables
-from pyfast_ppo.bench.harness import Timing
+from pyfast_ppo.bench.counts import cuda_calls
+from pyfast_ppo.bench.harness import Timing, captured
 from pyfast_ppo.bench.loss import gpu_backends
 from pyfast_ppo.bench.stock import COEFFICIENTS, make_mini_batch
 
@@ -48,6 +52,16 @@ def emulate() -> None:
     cuda_on_cpu.install().run_kernels(False)
 
 
+def say_cuda_calls() -> None:
+    """Of each backend, and of a graph that is replayed."""
+    for name in gpu_backends():
+        batch = make_mini_batch(*CASES[0], 0, "cuda")
+        call = partial(pyfast_ppo.ppo_loss_and_grad, *batch, **COEFFICIENTS, backend=name)
+        replay = captured(lambda i, call=call: call(), 1)
+        for what, work in ((name, call), (f"{name}, CUDA graph", replay)):
+            print(f"{what}: {', '.join(cuda_calls(work)) or 'the profiler sees nothing'}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -55,7 +69,9 @@ def main() -> int:
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     document = results.new_document(args.device)  # before the emulation, which is not what this machine has
-    if not on_gpu:
+    if on_gpu:
+        say_cuda_calls()
+    else:
         emulate()
     rows = []
     for num_rows, num_actions, old_std_per_row in CASES:

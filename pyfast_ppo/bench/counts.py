@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,19 +55,32 @@ def _count_on_gpu(call: Callable[[], object]) -> Counts:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with silent(), profile(activities=activities) as found, record_function(_CALL):
-        call()
+    names = _cuda_names(call)
     peak = torch.cuda.max_memory_allocated() - before
-    names = _names_within_call(found.profiler.kineto_results.events())
     launches = sum(name in _GPU_LAUNCHES for name in names)
     return Counts(launches, sum(name in _GPU_SYNCS for name in names), peak)
 
 
+def cuda_calls(call: Callable[[], object]) -> list[str]:
+    """What one call asks of CUDA, each name with what it counts as: shows when another CUDA has other names."""
+    return [
+        f"{number} {name} ({'launch' if name in _GPU_LAUNCHES else 'sync' if name in _GPU_SYNCS else 'not counted'})"
+        for name, number in Counter(_cuda_names(call)).items()
+    ]
+
+
+def _cuda_names(call: Callable[[], object]) -> list[str]:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with silent(), profile(activities=activities) as found, record_function(_CALL):
+        call()
+    return _names_within_call(found.profiler.kineto_results.events())
+
+
 def _names_within_call(events: list) -> list[str]:
-    """Without the profiler's own wait for the device, which comes after the call."""
-    (end,) = [e.start_ns() + e.duration_ns() for e in events if e.name() == _CALL and e.device_type() == DeviceType.CPU]
-    return [e.name() for e in events if e.start_ns() <= end]
+    """Of CUDA's functions, without the profiler's own wait for the device, which comes after the call."""
+    on_host = [e for e in events if e.device_type() == DeviceType.CPU]
+    (end,) = [e.start_ns() + e.duration_ns() for e in on_host if e.name() == _CALL]
+    return [e.name() for e in on_host if e.name().startswith("cu") and e.start_ns() <= end]
 
 
 def _count_on_cpu(call: Callable[[], object]) -> Counts:

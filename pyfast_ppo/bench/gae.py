@@ -12,12 +12,12 @@ from torch import Tensor
 import pyfast_ppo
 from pyfast_ppo.bench import results, rivals
 from pyfast_ppo.bench.counts import count
-from pyfast_ppo.bench.harness import Contender, Options, able, copy_of, interleave, size_of
+from pyfast_ppo.bench.harness import Contender, Options, able, copy_of, interleave, num_input_sets, size_of
 from pyfast_ppo.bench.loss import gpu_backends
 from pyfast_ppo.bench.stock import GAMMA, LAM, stock_gae
 
 BASELINE, COMPILED, OURS = "rsl_rl", "torch.compile", "gae"
-_NUM_SETS = 8
+_CPU_SETS = 8
 
 
 class Case(NamedTuple):
@@ -62,15 +62,16 @@ def fused(
 
 def measure(case: Case, options: Options) -> list[dict]:
     """One row."""
-    rollouts = [make_rollout(case, seed, options.device) for seed in range(_NUM_SETS)]
-    for ours, stock in zip(fused(*rollouts[0]), stock_gae(*rollouts[0]), strict=True):
+    first = make_rollout(case, 0, options.device)
+    moved = size_of(*first, first.rewards, first.rewards)  # the last two are written
+    num_sets = num_input_sets(moved, options.device, on_cpu=_CPU_SETS)
+    rollouts = [first, *(make_rollout(case, seed, options.device) for seed in range(1, num_sets))]
+    for ours, stock in zip(fused(*first), stock_gae(*first), strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
     others = rivals.gaes(rollouts)
     kept, skipped = able(contenders(rollouts, options, others.calls))
-    first = rollouts[0]
-    moved = size_of(*first, first.rewards, first.rewards)  # the last two are written
-    timings = interleave(kept | {"floor": copy_of(moved, _NUM_SETS, options.device)}, _NUM_SETS, options)
+    timings = interleave(kept | {"floor": copy_of(moved, num_sets, options.device)}, num_sets, options)
     floor = timings.pop("floor")
     counts = {name: count(partial(c.call, 0), options.device) for name, c in kept.items() if not c.captured}
     described = {"T": case.num_steps, "E": case.num_envs}

@@ -18,8 +18,9 @@ Contenders take turns in one process, in an order that is reversed in every othe
 a few calls, each with the next of several input sets; the first rounds do not count. On the CPU the first call of a
 turn, which finds caches full of another contender's data and code, is kept apart, and the median of the other calls
 is the round's time. On a GPU a turn lies between two CUDA events and is divided by its calls: what a loop of such
-calls takes, launches and all, or, for what was captured, what the GPU takes. In an iteration a turn is one iteration,
-timed part by part; the device's work is waited for in each.
+calls takes, launches and all, or, for what was captured, what the GPU takes; input sets are so many that its caches do
+not hold all of them, but 64 at most. In an iteration a turn is one iteration, timed part by part; the device's work is
+waited for in each.
 Median and spread (10th to 90th percentile) are over rounds; "x faster" is the median over rounds of the ratio of the
 baseline's time to this one's in the same round.
 The bandwidth floor is a plain copy that moves as many bytes as the operation must (each input read once, each output
@@ -38,6 +39,8 @@ CALLS_PER_TURN = 6  # on the CPU; the first is kept apart
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MIN_QUICK_ROUNDS, MAX_ROUNDS = 5, 3, 40
 _GPU_TURN_SECONDS = 5e-3  # long enough for events, which are good for some microseconds
+_GPU_BYTES_IN_TURN = 200e6  # more than the second-level cache holds
+_MAX_GPU_SETS = 64
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def interleave(contenders: dict[str, Contender], num_sets: int, options: Options
             seconds, first = take_turn(contenders[name])
             if done >= 0:
                 timings[name].seconds.append(seconds)
-                timings[name].first_call.append(first)
+                timings[name].first_call += first
         if done == -1:  # the last round of the warm-up tells how long one takes
             least = MIN_QUICK_ROUNDS if options.quick else MIN_ROUNDS
             rounds = max(least, min(MAX_ROUNDS, int(options.seconds / (time.perf_counter() - start))))
@@ -126,16 +129,16 @@ def interleave(contenders: dict[str, Contender], num_sets: int, options: Options
     return timings
 
 
-def _cpu_turn(contender: Contender) -> tuple[float, float]:
+def _cpu_turn(contender: Contender) -> tuple[float, list[float]]:
     turn = []
     for i in range(CALLS_PER_TURN):
         start = time.perf_counter()
         contender.call(i)
         turn.append(time.perf_counter() - start)
-    return median(turn[1:]), turn[0]
+    return median(turn[1:]), turn[:1]
 
 
-def _gpu_turns(contenders: dict[str, Contender], num_sets: int) -> Callable[[Contender], tuple[float, float]]:
+def _gpu_turns(contenders: dict[str, Contender], num_sets: int) -> Callable[[Contender], tuple[float, list[float]]]:
     """Captures what is to be captured, and chooses how often each contender goes through its input sets in a turn."""
 
     def all_sets(contender: Contender) -> Callable[[], object]:
@@ -149,14 +152,10 @@ def _gpu_turns(contenders: dict[str, Contender], num_sets: int) -> Callable[[Con
         once()
         repeats[key] = max(1, round(_GPU_TURN_SECONDS / _seconds_between_events(once, 1)))
 
-    def take_turn(contender: Contender) -> tuple[float, float]:
+    def take_turn(contender: Contender) -> tuple[float, list[float]]:
         key = id(contender)
         passes[key]()
-        seconds = _seconds_between_events(passes[key], repeats[key]) / (repeats[key] * num_sets)
-        start = time.perf_counter()
-        contender.call(0)
-        torch.cuda.synchronize()
-        return seconds, time.perf_counter() - start
+        return _seconds_between_events(passes[key], repeats[key]) / (repeats[key] * num_sets), []
 
     return take_turn
 
@@ -200,6 +199,13 @@ def copy_of(num_bytes: int, num_sets: int, device: str) -> Contender:
     return Contender(
         lambda i: targets[i % num_sets].copy_(sources[i % num_sets]), captured=device == "cuda", optional=False
     )
+
+
+def num_input_sets(num_bytes: int, device: str, on_cpu: int) -> int:
+    """How many take turns, where a call moves so many bytes: see ``METHOD``."""
+    if device != "cuda":
+        return on_cpu
+    return max(2, min(_MAX_GPU_SETS, round(_GPU_BYTES_IN_TURN / num_bytes)))
 
 
 def size_of(*tensors: Tensor) -> int:

@@ -13,10 +13,10 @@ from torch.distributions import Normal
 from pyfast_ppo import gaussian_log_prob, kl
 from pyfast_ppo.bench import results
 from pyfast_ppo.bench.counts import count
-from pyfast_ppo.bench.harness import Contender, Options, able, interleave
+from pyfast_ppo.bench.harness import Contender, Options, able, interleave, num_input_sets, size_of
 
 BASELINE, OURS = "eager", "gaussian_loss"
-_NUM_SETS = 4
+_CPU_SETS = 4
 
 
 class Case(NamedTuple):
@@ -71,13 +71,16 @@ def gradients(form: Callable[..., Tensor], samples: Samples) -> tuple[Tensor, ..
 
 def measure(case: Case, options: Options) -> list[dict]:
     """One row."""
-    sets = [make_samples(case, seed, options.device) for seed in range(_NUM_SETS)]
-    for ours, theirs in zip(gradients(kl.gaussian_loss, sets[0]), gradients(eager, sets[0]), strict=True):
+    first = make_samples(case, 0, options.device)
+    moved = size_of(*first, first.mean, first.std)  # the last two are the gradients
+    num_sets = num_input_sets(moved, options.device, on_cpu=_CPU_SETS)
+    sets = [first, *(make_samples(case, seed, options.device) for seed in range(1, num_sets))]
+    for ours, theirs in zip(gradients(kl.gaussian_loss, first), gradients(eager, first), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
     torch.compiler.reset()
 
     def with_sets(form: Callable[..., Tensor]) -> Callable[[int], object]:
-        return lambda i: gradients(form, sets[i % _NUM_SETS])
+        return lambda i: gradients(form, sets[i % num_sets])
 
     forms = {
         BASELINE: eager,
@@ -88,7 +91,7 @@ def measure(case: Case, options: Options) -> list[dict]:
     kept, skipped = able(
         {name: Contender(with_sets(form), optional=name == "torch.compile") for name, form in forms.items()}
     )
-    timings = interleave(kept, _NUM_SETS, options)
+    timings = interleave(kept, num_sets, options)
     counts = {name: count(partial(c.call, 0), options.device) for name, c in kept.items()}
     described = {"N": case.num_rows, "A": case.num_actions}
     return [

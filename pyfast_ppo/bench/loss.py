@@ -16,7 +16,7 @@ import pyfast_ppo
 from pyfast_ppo import backends
 from pyfast_ppo.bench import results, rivals
 from pyfast_ppo.bench.counts import count
-from pyfast_ppo.bench.harness import Contender, Options, able, copy_of, interleave, size_of
+from pyfast_ppo.bench.harness import Contender, Options, able, copy_of, interleave, num_input_sets, size_of
 from pyfast_ppo.bench.stock import COEFFICIENTS, MiniBatch, in_another_order, make_mini_batch, stock_loss
 
 BASELINE, COMPILED, OURS, AUTOGRAD = "rsl_rl", "torch.compile", "ppo_loss_and_grad", "ppo_loss + backward"
@@ -37,7 +37,6 @@ class Case(NamedTuple):
 
 _MINI_BATCH, _ACTIONS = 24_576, 12  # Anymal's
 _QUICK = [Case(4_096, 12), Case(_MINI_BATCH, 12), Case(_MINI_BATCH, 37)]
-_GPU_BYTES_IN_TURN = 200e6  # more than the second-level cache holds
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -135,7 +134,5 @@ def check_agreement(batch: MiniBatch) -> None:
 
 def _input_sets(case: Case, device: str) -> list[MiniBatch]:
     batch = make_mini_batch(case.num_rows, case.num_actions, case.old_std_per_row, 0, device)
-    num_sets = case.num_sets
-    if device == "cuda":
-        num_sets = max(2, min(64, round(_GPU_BYTES_IN_TURN / size_of(*batch, *batch.leaves))))
+    num_sets = num_input_sets(size_of(*batch, *batch.leaves), device, on_cpu=case.num_sets)
     return [batch, *(in_another_order(batch) for _ in range(num_sets - 1))]

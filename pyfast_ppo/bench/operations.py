@@ -172,10 +172,13 @@ def device_seconds(events: list, num_operations: int) -> list[float]:
     )
     work: dict[int, int] = {}  # nanoseconds by correlation
     for e in events:
-        if e.device_type() != DeviceType.CPU and not e.name().startswith(_RANGE):
+        # annotations, ours and torch's of an optimizer's step, are drawn on the device, too, numbered by themselves
+        if e.device_type() != DeviceType.CPU and not e.is_user_annotation():
             work[e.correlation_id()] = work.get(e.correlation_id(), 0) + e.duration_ns()
     launches = sorted(
-        (e.start_ns(), e.correlation_id()) for e in events if e.name().startswith("cu") and e.correlation_id() in work
+        (e.start_ns(), e.correlation_id())
+        for e in events
+        if e.name().startswith("cu") and e.device_type() == DeviceType.CPU and e.correlation_id() in work
     )
     seconds, at = [0.0] * num_operations, 0
     for start, correlation in launches:

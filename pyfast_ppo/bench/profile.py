@@ -4,7 +4,8 @@ rsl_rl and FusedPPO, both without compiler and CUDA graph. An iteration is timed
 operation watched (``operations.py``); what the operations do not account for is in the line "between operations":
 Python, autograd, dispatch, views and allocations. The floor of the matrix products is the time that as many
 multiplications and additions take in a large square product, in the same precision; those of the other lines are
-plain copies of the bytes that have to be moved (``moved_bytes``).
+plain copies of the bytes that have to be moved (``moved_bytes``), on a GPU timed as the operations are: by the
+profiler, without launches.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rsl_rl.runners import OnPolicyRunner
 from pyfast_ppo.bench import operations as ops
 from pyfast_ppo.bench import results, update
 from pyfast_ppo.bench.counts import Work
-from pyfast_ppo.bench.harness import Options, Timing, copy_of
+from pyfast_ppo.bench.harness import Options, Timing, copy_of, num_input_sets
 from pyfast_ppo.bench.operations import Operation, Recorder
 from pyfast_ppo.bench.sizes import SIZES, Size
 from pyfast_ppo.bench.synthetic import make_runner
@@ -172,18 +173,36 @@ def _floors(size: Size, device: str) -> Callable[[int], dict[str, float]]:
         ops.RETURNS: 1,
     }
     must_move = _must_move(size)
-    copies = {line: copy_of(must_move[line] // number, 1, device) for line, number in pieces.items()}
+    copies = {line: _copies(must_move[line] // number, number, device) for line, number in pieces.items()}
     n = _SQUARE[device]
     a, b = torch.randn(2, n, n, device=device).unbind()
     product = torch.empty_like(a)
 
     def measure_floors(flops: int) -> dict[str, float]:
-        seconds = {line: pieces[line] * _best_of(partial(copy.call, 0), device) for line, copy in copies.items()}
+        seconds = {line: measure() for line, measure in copies.items()}
         seconds[ops.MATRIX] = flops / (2 * n**3) * _best_of(lambda: torch.mm(a, b, out=product), device)
         seconds[WHOLE] = sum(seconds.values())
         return seconds
 
     return measure_floors
+
+
+def _copies(num_bytes: int, number: int, device: str) -> Callable[[], float]:
+    """Measures seconds of a number of copies that move so many bytes each."""
+    num_sets = num_input_sets(num_bytes, device, on_cpu=1)
+    copy = copy_of(num_bytes, num_sets, device).call
+    if device != "cuda":
+        return lambda: number * _best_of(partial(copy, 0), device)
+    num_calls = max(number, num_sets)
+
+    def measure() -> float:
+        recorder = Recorder(device, (), part="update")
+        with recorder.recording():
+            for i in range(num_calls):
+                copy(i)
+        return number / num_calls * sum(operation.seconds for operation in recorder.operations)
+
+    return measure
 
 
 def _best_of(call: Callable[[], object], device: str, number: int = 5) -> float:

@@ -145,6 +145,7 @@ def load(path: Path) -> dict:
 def keep(document: dict, folder: Path, name: str) -> Path:
     """Writes the subjects of a document into the file of this machine and date, beside those that it has.
 
+    ``name``: of the machine's folder; where it is an absolute path, that is the folder.
     A file of that name that was measured with other hardware or versions is left alone: the new one gets a number.
     """
     directory = folder / (name or machines.short_name(document["machine"]))

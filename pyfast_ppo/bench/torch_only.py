@@ -3,21 +3,64 @@
 Networks and rsl_rl's formula are one ``torch.compile``, so are the returns; nothing is read on the host before the
 end of the update, the adaptive learning rate is decided on the device, Adam is fused, each mini-batch is gathered
 once per update and no unused action is drawn. On a GPU the whole step, backward and optimizer with it, is a CUDA
-graph, through ``tensordict.nn.CudaGraphModule``: what LeanRL does. For the models of ``synthetic.py`` only.
+graph: what LeanRL does. For the models of ``synthetic.py`` only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 
 import torch
 import torch.nn as nn
 from rsl_rl.algorithms import PPO
 from tensordict import TensorDict
-from tensordict.nn import CudaGraphModule
 from torch import Tensor
 
 from pyfast_ppo.bench.stock import stock_gae, stock_loss
+from pyfast_ppo.cuda_graph import Graph
+
+
+class Replayed:
+    """``work`` as a CUDA graph with memory of its own for what it is given: tensordict's ``CudaGraphModule``.
+
+    That one records with ``torch.cuda.graph``, which spoils the process for the other contenders where it fails; see
+    ``Graph.record``.
+    """
+
+    _WARMUP = 3  # calls: the compiler, and the optimizer's first step
+
+    def __init__(self, work: Callable[..., Tensor]) -> None:
+        """Records nothing yet."""
+        self._work = work
+        self._stream = torch.cuda.Stream()
+        self._num_calls = 0
+        self._graph: Graph | None = None
+        self._inputs: list[Tensor] = []
+        self._output: Tensor
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """What ``work`` returns."""
+        self._num_calls += 1
+        if self._num_calls <= self._WARMUP:
+            return self._beside(inputs)
+        if self._graph is None:
+            self._inputs = [t.clone() for t in inputs]
+            graph = Graph(inputs[0].device)
+            self._output = graph.record(lambda: self._work(*self._inputs))
+            self._graph = graph
+        else:
+            torch._foreach_copy_(self._inputs, inputs)
+        self._graph.replay()
+        return self._output.clone()
+
+    def _beside(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """On another stream: backward nodes made on the current one would wait for it in the recording."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            output = self._work(*inputs)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return output
 
 
 class TorchOnlyPPO(PPO):
@@ -34,8 +77,7 @@ class TorchOnlyPPO(PPO):
         self.optimizer = torch.optim.Adam(parameters, lr=self._rate, fused=True, capturable=on_gpu)
         self._compiled_loss = torch.compile(self._loss, dynamic=False)
         self._compiled_gae = torch.compile(stock_gae, dynamic=False)
-        # its annotation is narrower than what it takes
-        self._replayed_step = CudaGraphModule(self._step) if on_gpu else self._step  # type: ignore[arg-type]
+        self._replayed_step: Callable[..., Tensor] = Replayed(self._step) if on_gpu else self._step
 
     def compute_returns(self, obs: TensorDict) -> None:
         """As ``PPO``; the loop over the steps is unrolled by the compiler."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from pyfast_ppo.bench import counts, harness
+from pyfast_ppo.bench import counts, harness, stock
 from pyfast_ppo.bench.counts import Counts, count
 from pyfast_ppo.bench.harness import Contender, Options, Timing, able, interleave
 
@@ -68,11 +68,17 @@ def test_turns_on_a_gpu(monkeypatch):
     monkeypatch.setattr(harness, "captured", lambda call, num_calls: replay)
     contenders = {"eager": Contender(eager), "captured": Contender(lambda i: None, captured=True)}
     timings = interleave(contenders, 3, Options("cuda", seconds=1e-9))
-    assert calls[:6] == [0, 1, 2, 0, 1, 2]
+    assert len(calls) > 6 and calls == [0, 1, 2] * (len(calls) // 3)  # and no other between the turns
     for timing in timings.values():
+        assert timing.first_call == []
         assert timing.seconds == pytest.approx([1e-3] * len(timing.seconds))  # of one call, not of three
     rounds = harness.WARMUP_ROUNDS + len(timings["captured"].seconds)
     assert len(replays) == 2 + 3 * rounds  # one before each turn, and two in it, which are 6 ms
+
+
+def test_input_sets_on_a_gpu_are_more_than_its_caches_hold():
+    assert harness.num_input_sets(10_000_000, "cpu", on_cpu=4) == 4
+    assert [harness.num_input_sets(n, "cuda", on_cpu=4) for n in (1_000, 10_000_000, 10**9)] == [64, 20, 2]
 
 
 def test_ratio_is_taken_within_rounds():
@@ -125,10 +131,38 @@ def test_the_profilers_own_wait_is_not_counted():
         Event("cudaStreamSynchronize", 15, 3),
         Event("pyfast_ppo call", 10, 10),
         Event("pyfast_ppo call", 13, 30, DeviceType.CUDA),  # as the GPU saw it
+        Event("aten::add", 11, 3),
+        Event("cutlass_gemm", 14, 3, DeviceType.CUDA),
         Event("cudaDeviceSynchronize", 25, 5),
     ]
-    assert counts._names_within_call(events)[:2] == ["cudaLaunchKernel", "cudaStreamSynchronize"]
-    assert "cudaDeviceSynchronize" not in counts._names_within_call(events)
+    assert counts._names_within_call(events) == ["cudaLaunchKernel", "cudaStreamSynchronize"]
+
+
+def test_names_that_are_not_counted_show(monkeypatch):
+    names = ["cuLaunchKernelEx", "cudaLaunchKernel_v2", "cuLaunchKernelEx", "cudaStreamSynchronize"]
+    monkeypatch.setattr(counts, "_names_within_call", lambda events: names)
+    assert counts.cuda_calls(lambda: None) == [
+        "2 cuLaunchKernelEx (launch)",
+        "1 cudaLaunchKernel_v2 (not counted)",
+        "1 cudaStreamSynchronize (sync)",
+    ]
+
+
+def test_what_the_profiler_sees_of_a_launch_is_said(load_script, monkeypatch, capsys):
+    script, make = load_script("bench_launch"), stock.make_mini_batch
+    monkeypatch.setattr(script, "CASES", [(64, 3, True)])
+    monkeypatch.setattr(script, "gpu_backends", lambda: ["cpu", "eager"])
+    monkeypatch.setattr(script, "make_mini_batch", lambda *case: make(*case[:-1]))
+    monkeypatch.setattr(script, "captured", lambda call, num_calls: lambda: [call(i) for i in range(num_calls)])
+    seen = iter((["1 cuLaunchKernel (launch)", "2 cuOther (not counted)"], ["1 cudaGraphLaunch (launch)"], [], []))
+    monkeypatch.setattr(script, "cuda_calls", lambda work: (work(), next(seen))[1])
+    script.say_cuda_calls()
+    assert capsys.readouterr().out.splitlines() == [
+        "cpu: 1 cuLaunchKernel (launch), 2 cuOther (not counted)",
+        "cpu, CUDA graph: 1 cudaGraphLaunch (launch)",
+        "eager: the profiler sees nothing",
+        "eager, CUDA graph: the profiler sees nothing",
+    ]
 
 
 def test_reads_that_only_the_cpu_makes_are_not_counted():

@@ -97,6 +97,8 @@ def test_subjects_of_a_day_share_a_file_unless_the_machine_changed(document, tmp
     other = {**update, "machine": {**update["machine"], "torch": "0.1"}}
     assert results.keep(other, tmp_path, "").name == f"{document['date']}-2.json"
     assert results.load(path) == document
+    elsewhere = tmp_path / "else" / "where"
+    assert results.keep(loss, tmp_path, str(elsewhere)).parent == elsewhere
 
 
 def test_names_of_machines():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pyfast_ppo.bench import gae, kl, loss, profile, results, rivals, stock, synthetic, timeline, update
+from pyfast_ppo.bench import gae, kl, loss, profile, results, rivals, stock, synthetic, timeline, torch_only, update
 from pyfast_ppo.bench import operations as ops
 from pyfast_ppo.bench.harness import Options
 from pyfast_ppo.bench.sizes import SIZES, Size
@@ -187,6 +189,21 @@ def test_time_that_the_operations_do_not_account_for_is_not_negative(monkeypatch
     assert all(entry["median_s"] >= 0.0 for entry in between["contenders"].values())
 
 
+def test_floors_on_a_gpu_are_by_the_clock_of_the_lines(monkeypatch):
+    """The profiler's, of kernels alone. A few copies would stay in the caches: more are timed."""
+    copy_of, asked = profile.copy_of, []
+
+    def device_seconds(events, count):
+        asked.append(count)
+        return [1e-6] * count
+
+    monkeypatch.setattr(profile, "copy_of", lambda size, num_sets, device: copy_of(size, num_sets, "cpu"))
+    monkeypatch.setattr(ops, "device_seconds", device_seconds)
+    assert profile._copies(10_000_000, 3, "cuda")() == pytest.approx(3e-6)
+    assert profile._copies(10_000_000, 30, "cuda")() == pytest.approx(30e-6)
+    assert asked == [20, 30]
+
+
 def test_what_has_to_be_moved_and_computed():
     runner = synthetic.make_runner(SMALL, "cpu", "PPO")
     modules = (runner.alg.actor, runner.alg.critic)
@@ -202,10 +219,47 @@ def test_timeline():
     assert all(seconds > 0.0 for _, seconds in stock_run + ours)
 
 
-def test_torch_only_contender_computes_what_the_stock_does(eager_compiler):
+class GraphOfCalls:
+    """Of work that gives three numbers: a replay does it again, into the same memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._output = torch.zeros(3)
+
+    def record(self, work):
+        self._work = work
+        return self._output
+
+    def replay(self) -> None:
+        self._output.copy_(self._work())
+
+
+@pytest.fixture
+def graphs_of_calls(monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch_only, "Graph", GraphOfCalls)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+
+
+def test_what_is_replayed_has_memory_of_its_own(graphs_of_calls):
+    """After three calls as they are: the compiler and the optimizer have made by then what they make once."""
+    seen = []
+    doubled = torch_only.Replayed(lambda x: (seen.append(x.data_ptr()), 2.0 * x)[1])
+    inputs = [torch.full((3,), float(i)) for i in range(6)]
+    outputs = [doubled(x) for x in inputs]
+    assert [y.tolist() for y in outputs] == [[2.0 * i] * 3 for i in range(6)]
+    assert seen[:3] == [x.data_ptr() for x in inputs[:3]]
+    assert len(seen) == 6 and len(set(seen[3:])) == 1 and seen[3] != inputs[3].data_ptr()
+
+
+@pytest.mark.parametrize("as_graph", [False, True])
+def test_torch_only_contender_computes_what_the_stock_does(as_graph, eager_compiler, graphs_of_calls):
     parameters, rates, losses = [], [], []
     for algorithm in ("PPO", TORCH_ONLY):
         runner = synthetic.make_runner(SMALL, "cpu", algorithm)
+        if as_graph and algorithm == TORCH_ONLY:
+            runner.alg._replayed_step = torch_only.Replayed(runner.alg._step)
         found: dict[str, dict] = {}
 
         def around(part, work, found=found):
