@@ -68,9 +68,11 @@ PYFAST_PPO_INLINE float to_float(BFloat16 x) { return float_from_bits(static_cas
 PYFAST_PPO_INLINE float to_float(Float16 x) {
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   const uint32_t sign = (x.bits & 0x8000u) << 16;
-  // multiplying by 2^112 rebases the exponent and normalises subnormals; infinity and NaN keep an exponent of all ones
-  const uint32_t finite = float_bits(float_from_bits(magnitude) * 5.19229686e33f);
-  const uint32_t special = magnitude | 0x7f800000u;
+  const uint32_t normal = magnitude + 0x38000000u;  // the exponent is rebased
+  // 2^-14 + m 2^-24 - 2^-14: no product of a subnormal, which a process that flushes those to zero would lose
+  const uint32_t subnormal = float_bits(float_from_bits(magnitude + 0x38800000u) - 6.103515625e-05f);
+  const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep an exponent of all ones
+  const uint32_t finite = magnitude >= 0x00800000u ? normal : subnormal;
   return float_from_bits(sign | (magnitude >= 0x0f800000u ? special : finite));
 }
 

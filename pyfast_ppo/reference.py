@@ -188,6 +188,8 @@ def ppo_loss(
 
     # clipped surrogate
     log_ratio = gaussian_log_prob(actions, mean, std) - old_log_prob  # [N]
+    if isinstance(clip_param, Tensor):  # one that is no range shows in every row
+        log_ratio = log_ratio + torch.where(clip_param >= 0.0, 0.0, math.nan).to(dtype)
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
     # log_ratio + (clamped - log_ratio).detach() would not be clamped: past 10⁷ float32 rounds the difference by more
     # than 1. The zero that has the gradient is NaN if the log-ratio is not finite, so that it shows.

@@ -144,6 +144,7 @@ def ppo_loss_kernel(
     clip_in_memory = _in_memory(clip_param_ptr, coefficient_tensors, 0)
     clip_param += clip_in_memory
     lo, hi = clip_low - clip_in_memory, clip_high + clip_in_memory
+    clip_fault = tl.where(clip_param >= 0.0, 0.0, float("nan")).to(tl.float64)  # shows in every log-ratio
     row_weight = 1.0 / num_rows.to(tl.float32)
     original_weight = 1.0 / num_original.to(tl.float32)
     value_weight = row_weight * (value_loss_coef + _in_memory(value_loss_coef_ptr, coefficient_tensors, 1))
@@ -155,9 +156,9 @@ def ppo_loss_kernel(
     if STD_STRIDE == 0:
         shared_std = tl.load(std_ptr + cols, mask=col_mask, other=1.0).to(tl.float32)
         shared_inv_std = reciprocal_or_nan(shared_std)
-        log_normalizer = tl.sum(log_or_nan(shared_std), 0).to(tl.float64) + A * HALF_LOG_2PI
+        log_normalizer = tl.sum(log_or_nan(shared_std), 0).to(tl.float64) + A * HALF_LOG_2PI + clip_fault
     else:
-        log_normalizer = A * HALF_LOG_2PI
+        log_normalizer = clip_fault + A * HALF_LOG_2PI
     if OLD_STD_STRIDE == 0:
         shared_old_std = tl.load(old_std_ptr + cols, mask=col_mask, other=1.0).to(tl.float32)
         if KL_NEW_OLD:

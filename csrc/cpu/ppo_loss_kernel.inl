@@ -216,7 +216,8 @@ struct PpoLossKernel {
     const T value_weight = static_cast<T>(call.value_loss_coef / static_cast<double>(args.num_rows));
     const ClipRange<T> range = clip_range<T>(call.clip_param);
     const T clip = static_cast<T>(call.clip_param);
-    const double log_normalizer = (kStdPerRow ? 0.0 : call.sum_log_std) + kHalfLog2Pi * static_cast<double>(A);
+    const double log_normalizer =
+        (kStdPerRow ? 0.0 : call.sum_log_std) + kHalfLog2Pi * static_cast<double>(A) + clip_fault(call.clip_param);
 
     RowSums sums;
     LaneSum<T> log_std_sum, kl_sum;

@@ -325,7 +325,7 @@ __device__ __forceinline__ void read_row_of_std(const PpoLossArgs& args, Shared<
   }
   if (lane != 0) return;
   shared.sum_log_std = sum_log_std;
-  shared.log_normalizer = sum_log_std + kHalfLog2Pi * static_cast<double>(A);
+  shared.log_normalizer = sum_log_std + kHalfLog2Pi * static_cast<double>(A) + clip_fault(value_of(args.clip_param));
   shared.old_std_fault = faults != T(0);
 }
 
@@ -665,8 +665,9 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
         row_sum += shared.terms[w];
         row_faults += shared.terms[kWarps + w];
       }
+      const double log_normalizer = kHalfLog2Pi * static_cast<double>(A) + clip_fault(shared.coefficients[kClip]);
       shared.coefficient[0] = row_losses(call, AnyType<T>(), shared, row, RowInputs<T>(call, row, AnyType<T>()),
-                                         row_sum, kHalfLog2Pi * static_cast<double>(A), row_faults != T(0), sums);
+                                         row_sum, log_normalizer, row_faults != T(0), sums);
     }
     __syncthreads();
     const T coefficient = shared.coefficient[0];

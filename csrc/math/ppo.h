@@ -33,6 +33,12 @@ PYFAST_PPO_INLINE ClipRange<T> clip_range(double clip_param) {
   return {static_cast<T>(1.0 - clip_param), static_cast<T>(1.0 + clip_param)};
 }
 
+// 0, or NaN for a clip_param that is no range. A tensor's value is only seen here: added to every row's log-ratio, the
+// fault shows in the loss and is counted.
+PYFAST_PPO_INLINE double clip_fault(double clip_param) {
+  return clip_param >= 0.0 ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+}
+
 template <class T>
 PYFAST_PPO_INLINE SurrogateTerms<T> surrogate_terms(T log_ratio, T advantage, ClipRange<T> range) {
   const T lo = range.lo, hi = range.hi;

@@ -55,14 +55,19 @@ def rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tenso
     return t if t.dim() == 2 else t.reshape(-1, shape[-1])
 
 
-def row_or_rows(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """A std of shape [A] as it is, of shape [..., A] as [N, A], and an expanded view of one row as that row [A]."""
+def row_or_rows(
+    name: str, t: Tensor, shape: torch.Size, device: torch.device, *, own_gradients: bool = False
+) -> Tensor:
+    """A std of shape [A] as it is, of shape [..., A] as [N, A], and an expanded view of one row as that row [A].
+
+    ``own_gradients``: not where each of the rows is to have its gradient.
+    """
     t = tensor_on(name, t, device)
     if t.shape == shape[-1:]:
         return t
     if t.shape != shape:
         raise ValueError(f"{name} must have the shape [{shape[-1]}] or {list(shape)}, got {list(t.shape)}")
-    if is_shared_row(t):
+    if is_shared_row(t) and not (own_gradients and t.requires_grad):
         return shared_row(t)
     t = t.contiguous()
     return t if t.dim() == 2 else t.reshape(-1, shape[-1])
@@ -104,4 +109,7 @@ def coefficient(name: str, value: float | Tensor, device: torch.device) -> float
         return value.detach().resolve_neg()
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is larger than any floating-point number") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -102,8 +104,10 @@ def gae(
 def _number(name: str, value: float | Tensor) -> float:
     if isinstance(value, float):
         return value
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} must be a number, got a tensor of shape {list(value.shape)}")
+    if isinstance(value, (int, torch.SymInt, torch.SymFloat)):
+        return float(value)
+    if hasattr(value, "shape") and math.prod(value.shape) != 1:
+        raise ValueError(f"{name} must be a number, got shape {list(value.shape)}")
     if isinstance(value, (str, bytes)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
@@ -167,6 +171,8 @@ def _flags(name: str, t: Tensor, shape: torch.Size, device: torch.device) -> Ten
     """As bool or uint8: other integers and floating flags are compared with 0."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
     if t.device != device:
         raise ValueError(
             f"{name} is on {t.device}, the other arguments are on {device}; move it with .to({str(device)!r})"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyfast_ppo import backends, reference
 from pyfast_ppo.ops import _arguments as arguments
 from pyfast_ppo.ops._autograd import first_order_only
+from pyfast_ppo.ops.shared_row import is_transformed
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor, *, backend: str | None = None) -> Tensor:
@@ -30,7 +33,7 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor, *, backend: st
     flat = (
         arguments.rows("actions", actions, shape, device),
         arguments.rows("mean", mean, shape, device),
-        arguments.row_or_rows("std", std, shape, device),
+        arguments.row_or_rows("std", std, shape, device, own_gradients=True),
     )
     return _apply("gaussian_log_prob", backend, device, flat).view(leading)
 
@@ -81,9 +84,9 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor, *,
     device, shape = mean_p.device, mean_p.shape
     flat = (
         arguments.rows("mean_p", mean_p, shape, device),
-        arguments.row_or_rows("std_p", std_p, shape, device),
+        arguments.row_or_rows("std_p", std_p, shape, device, own_gradients=True),
         arguments.rows("mean_q", mean_q, shape, device),
-        arguments.row_or_rows("std_q", std_q, shape, device),
+        arguments.row_or_rows("std_q", std_q, shape, device, own_gradients=True),
     )
     return _apply("gaussian_kl", backend, device, flat).view(leading)
 
@@ -101,12 +104,8 @@ def gaussian_kl_loss(
         arguments.vector("old_log_prob", old_log_prob, leading, device),
     )
     dtype = reference.arithmetic_dtype(*flat)
-    if torch.compiler.is_compiling():
-        backends.check_name(backend)
-        run = None
-    else:
-        run = backends.select(backend, device, dtype)
-    if run is None or run.name == "eager":
+    run = _backend(backend, device, dtype)
+    if run is None:
         actions, mean, std, old_log_prob = (reference.savable(t).to(dtype) for t in flat)
         log_ratio = reference.gaussian_log_prob(actions.detach(), mean, std) - old_log_prob.detach().reshape(-1)
         value, coefficient = reference.kl_loss_terms(log_ratio, which)
@@ -115,18 +114,23 @@ def gaussian_kl_loss(
 
 
 def _apply(operation: str, backend: str | None, device: torch.device, flat: tuple[Tensor, ...]) -> Tensor:
-    if torch.compiler.is_compiling():  # the compiler sees the formula itself, and fuses it
-        backends.check_name(backend)
-        return _reference(operation, flat)
-    run = backends.select(backend, device, reference.arithmetic_dtype(*flat))
-    if run.name == "eager":
-        return _reference(operation, flat)
+    dtype = reference.arithmetic_dtype(*flat)
+    run = _backend(backend, device, dtype)
+    if run is None:
+        return getattr(reference, operation)(*(reference.savable(t).to(dtype) for t in flat))
     return _Gaussian.apply(run, operation, *flat)
 
 
-def _reference(operation: str, flat: tuple[Tensor, ...]) -> Tensor:
-    dtype = reference.arithmetic_dtype(*flat)
-    return getattr(reference, operation)(*(reference.savable(t).to(dtype) for t in flat))
+def _backend(name: str | None, device: torch.device, dtype: torch.dtype) -> Any:
+    """Whose kernels are called; None for the formula itself.
+
+    torch.compile has that, too, and fuses it; and so have torch.func and forward mode, of which kernels know nothing.
+    """
+    if torch.compiler.is_compiling() or is_transformed():
+        backends.check_name(name)
+        return None
+    run = backends.select(name, device, dtype)
+    return None if run.name == "eager" else run
 
 
 # the input whose gradient is the negative of another's, and that other one: (actions, mean), (mean_q, mean_p)

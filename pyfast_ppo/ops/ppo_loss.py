@@ -15,7 +15,7 @@ from pyfast_ppo import backends, reference
 from pyfast_ppo.ops import _arguments as arguments
 from pyfast_ppo.ops._autograd import first_order_only
 from pyfast_ppo.ops._library import LIBRARY
-from pyfast_ppo.ops.shared_row import spread_over_rows
+from pyfast_ppo.ops.shared_row import is_transformed, spread_over_rows
 
 KL_DIRECTIONS = ("old_new", "new_old")
 
@@ -156,7 +156,8 @@ def ppo_loss(
 
     Args:
         mean: Means of the new policy. [N, A]; any leading dimensions instead of N, as long as all arguments agree.
-        std: Standard deviations of the new policy, > 0. [A] or [N, A]. An expanded view (stride 0) is treated as [A].
+        std: Standard deviations of the new policy, > 0. [A] or [N, A]. An expanded view (stride 0) is treated as [A];
+            its own gradient is then that row's, in equal parts. ``std.contiguous()`` has one for each row.
         values: The critic's values. [N] or [N, 1].
         actions: Actions of the rollout. [N, A].
         old_log_prob: Log-probabilities of the actions at the rollout. [N] or [N, 1].
@@ -192,8 +193,8 @@ def ppo_loss(
     Faults in the data (std ≤ 0, NaN, infinity) are not looked for on the host: they are counted in ``nonfinite`` and
     show in the loss.
 
-    ``torch.func`` (grad, vmap, jvp) transforms ``ppo_loss_reference``, not this. Forward-mode differentiation is
-    refused with a RuntimeError.
+    ``torch.func`` (grad, vmap, jvp) and forward-mode differentiation transform ``ppo_loss_reference``; this refuses
+    them with a RuntimeError.
     """
     call = _prepare(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
@@ -206,8 +207,8 @@ def ppo_loss(
             return PPOLossOutput(loss, metrics)
         loss, metrics, *_ = torch.ops.pyfast_ppo.ppo_loss(*_to_op(_gathered(call)), backend)
         return PPOLossOutput(loss, metrics.detach())
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(mean, std, values)
+    if is_transformed():
+        _refuse_transforms(mean, std, values)
     run = backends.select(backend, call.mean.device, call.dtype)
     arguments_of_run = call if run.GATHERS else _gathered(call)
     if torch.is_grad_enabled() and (call.mean.requires_grad or call.std.requires_grad or call.values.requires_grad):
@@ -255,8 +256,8 @@ def ppo_loss_and_grad(
     if torch.compiler.is_compiling() and not _is_eager(backend, mean.device.type):
         _, *outputs = torch.ops.pyfast_ppo.ppo_loss(*_to_op(_gathered(call)), backend)
     else:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(mean, std, values)
+        if is_transformed():
+            _refuse_transforms(mean, std, values)
         run = backends.select(backend, call.mean.device, call.dtype)
         outputs = run.ppo_loss(*(call if run.GATHERS else _gathered(call)))
     metrics, grad_mean, grad_std, grad_values = outputs
@@ -413,10 +414,12 @@ def _either(t: Tensor, first: torch.Size, second: torch.Size) -> torch.Size:
     return first if isinstance(t, Tensor) and t.shape == first else second
 
 
-def _refuse_tangents(*tensors: Tensor) -> None:
-    """Those of forward-mode differentiation (torch.autograd.forward_ad, torch.func.jvp), which kernels would lose."""
+def _refuse_transforms(*tensors: Tensor) -> None:
+    """Those that kernels would lose: of torch.func, and tangents (torch.autograd.forward_ad, torch.func.jvp)."""
     if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("ppo_loss has no derivative in forward mode; ppo_loss_reference has one")
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise RuntimeError("ppo_loss cannot be transformed by torch.func; ppo_loss_reference can be")
 
 
 class _PPOLoss(torch.autograd.Function):

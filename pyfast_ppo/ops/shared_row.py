@@ -26,8 +26,13 @@ def shared_row(t: Tensor) -> Tensor:
     The gradient of the row goes back in equal parts to the N rows of the view. Whatever the view was expanded from sums
     over them, so that it gets the row's gradient; no [N, A] memory is written.
     """
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return (_TransformableSharedRow if transformed and not torch.compiler.is_compiling() else _SharedRow).apply(t)
+    transformed = not torch.compiler.is_compiling() and is_transformed()
+    return (_TransformableSharedRow if transformed else _SharedRow).apply(t)
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward mode differentiates what runs now."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _SharedRow(torch.autograd.Function):

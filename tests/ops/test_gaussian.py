@@ -193,6 +193,22 @@ def test_expanded_std(backend: str, device: str, operation: Operation) -> None:
         assert_close(row.grad, grads[i].sum(0), torch.float32, EPS[torch.float32], scale)
 
 
+def test_the_rows_of_an_expanded_std_have_gradients_of_their_own(
+    backend: str, device: str, operation: Operation
+) -> None:
+    arguments = make_arguments(operation.names, (20, 3), std_per_row=(True, True), device=device)
+    views = []
+    for i, name in enumerate(operation.names):
+        if name.startswith("std"):
+            arguments[i] = (arguments[i][0].clone().requires_grad_() * 1.0).expand(20, 3)
+            views.append(i)
+    value = operation.function(*arguments, backend=backend).sum()
+    got = torch.autograd.grad(value, [arguments[i] for i in views])
+    _, grads = expected(operation, arguments, torch.ones(20))
+    for i, grad in zip(views, got, strict=True):
+        assert_close(grad, grads[i], torch.float32, EPS[torch.float32])
+
+
 @pytest.mark.parametrize("which", range(4))
 def test_one_argument_requires_a_gradient(backend: str, device: str, operation: Operation, which: int) -> None:
     arguments = make_arguments(operation.names, (20, 3), device=device)
@@ -209,6 +225,18 @@ def test_one_argument_requires_a_gradient(backend: str, device: str, operation: 
 def test_nothing_requires_a_gradient(backend: str, device: str, operation: Operation) -> None:
     arguments = make_arguments(operation.names, (20, 3), device=device)
     assert not operation.function(*arguments, backend=backend).requires_grad
+
+
+def test_subnormal_float16_where_the_process_flushes_subnormals(device: str) -> None:
+    """They are normal numbers in float32."""
+    std = torch.tensor([[5e-5, 6e-8, 1.0, 2.0**-14]], dtype=torch.float16, device=device)
+    want = gaussian_entropy(std.float(), backend="eager")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
+    try:
+        assert torch.allclose(gaussian_entropy(std), want)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_entropy_of_a_row(backend: str, device: str) -> None:

@@ -370,13 +370,27 @@ def test_forward_mode_is_refused(inputs: Inputs, backend: str, function: Callabl
         torch.func.jvp(call, (inputs[name],), (tangent,))
 
 
+@pytest.mark.parametrize("function", [ppo_loss, ppo_loss_and_grad])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_transforms_are_refused(inputs: Inputs, backend: str, function: Callable, transform: Callable) -> None:
+    def call(mean: Tensor) -> Tensor:
+        out = function(**{**inputs, "mean": mean}, backend=backend)
+        return (out if function is ppo_loss else out[0]).loss
+
+    mean = inputs["mean"] if transform is torch.func.grad else inputs["mean"].expand(2, *inputs["mean"].shape)
+    with pytest.raises(RuntimeError, match=r"ppo_loss cannot be transformed by torch\.func; ppo_loss_reference can be"):
+        transform(call)(mean)
+
+
 EXPANDED = {
     "ppo_loss_reference": lambda inputs, std: ppo_loss_reference(**{**inputs, "std": std}, kl_coef=0.5).loss,
-    "gaussian_log_prob": lambda inputs, std: pyfast_ppo.gaussian_log_prob(
-        inputs["actions"], inputs["mean"], std, backend="eager"
+    "gaussian_log_prob": lambda inputs, std: pyfast_ppo.gaussian_log_prob(inputs["actions"], inputs["mean"], std).sum(),
+    "gaussian_entropy": lambda inputs, std: pyfast_ppo.gaussian_entropy(std).sum(),
+    "gaussian_loss": lambda inputs, std: pyfast_ppo.kl.gaussian_loss(
+        inputs["actions"], inputs["mean"], std, inputs["old_log_prob"]
     ).sum(),
     "gaussian_kl": lambda inputs, std: pyfast_ppo.gaussian_kl(
-        inputs["mean"], std, inputs["old_mean"], inputs["old_std"], backend="eager"
+        inputs["mean"], std, inputs["old_mean"], inputs["old_std"]
     ).sum(),
 }
 

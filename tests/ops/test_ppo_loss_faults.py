@@ -73,6 +73,22 @@ def test_subnormal_std(backend: str, device: str, per_row: bool) -> None:
     assert torch.isnan(out.loss)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), -0.1, float("-inf")])
+@pytest.mark.parametrize("num_actions", [5, 1600])  # those have a CUDA kernel of their own
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_tensor_that_is_no_clip_range(
+    backend: str, device: str, wrong: float, num_actions: int, per_row: bool
+) -> None:
+    """A number is refused; what stands in a tensor is seen on its device."""
+    inputs = make_inputs(6, num_actions, std_per_row=per_row, device=device)
+    clip_param = torch.tensor(wrong, device=device)
+    out, (grad_mean, grad_std, _) = ppo_loss_and_grad(**inputs, clip_param=clip_param, backend=backend)
+    assert torch.isnan(out.loss)
+    assert float(out.nonfinite) == 6.0
+    assert torch.isnan(grad_mean).all()
+    assert torch.isnan(grad_std).all()
+
+
 def test_several_faults_in_one_row_count_once(backend: str, device: str) -> None:
     inputs = make_inputs(NUM_ROWS, NUM_ACTIONS, std_per_row=True, old_std_per_row=True, device=device)
     for name in NAMES:
