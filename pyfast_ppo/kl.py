@@ -5,8 +5,8 @@ samples are actions of the old policy (PPO), or of the new one (fine-tuning agai
 What an estimator's *value* estimates and what the *gradient* of its value estimates are two questions with different
 answers: ``estimate`` answers the first and is made to be logged, ``loss`` the second and is made to be minimised.
 
-float16 and bfloat16 log-ratios and logits are computed with in float32. What is then too large for float16 is its
-largest number.
+float16 and bfloat16 log-ratios and logits are computed with in float32. A value that is then too large for float16 is
+its largest number.
 
 Where the policies are Gaussian or categorical, the exact forms have no action noise at all: prefer them.
 
@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyfast_ppo.ops._arguments import check_tensor
 from pyfast_ppo.ops.gaussian import gaussian_kl as gaussian
 from pyfast_ppo.ops.gaussian import gaussian_kl_loss
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS
-from pyfast_ppo.reference import KL_LOSSES, MAX_LOG_RATIO, expm1_minus, k3, kl_loss_terms, narrowed, widened
+from pyfast_ppo.reference import KL_LOSSES, MAX_LOG_RATIO, expm1_minus, k3, kl_loss, narrowed, widened, without_value
 
 __all__ = [
     "categorical",
@@ -86,7 +87,7 @@ def control_variate(log_ratio: Tensor, sampled_from: str = "old", weight: float 
     A weight of 0 is k1, of 1 is k3 (up to |x| = 20, where eˣ is clamped). The least variance is that of weight
     c* = Cov(x, eˣ) / Var(eˣ), which for a shift of the mean by K nats is 2K / (e^{2K} - 1). ``weight=None`` estimates
     c* for each sample from all *others*: the weight is then independent of the sample that it multiplies, and the mean
-    stays unbiased. c* from all samples together would bias it.
+    stays unbiased. c* from all samples together would bias it. Where the others are equal, to rounding, it is 0.
 
     Args:
         log_ratio: ℓ of independent samples. Any shape; for ``weight=None`` at least 3 of them.
@@ -145,15 +146,15 @@ def loss(log_ratio: Tensor, direction: str = "old_new", sampled_from: str = "old
 
     Returns:
         As ``log_ratio``, in nats, to be averaged and minimised. r is clamped to e^{±20}; beyond, the value of k3 grows
-        by the distance |ℓ| - 20. First derivatives only: the coefficient is a constant to autograd, so that a second
-        derivative is wrong, and not refused.
+        by the distance |ℓ| - 20. Of an infinite ℓ it is infinite; NaN for k1 of "new_old" at -∞, where value and slope
+        are -∞. First derivatives only: the coefficient is a constant to autograd, so that a second derivative is wrong,
+        and not refused.
 
     Raises:
         ValueError: An unknown name, or a form that has not this gradient.
     """
     check_tensor("log_ratio", log_ratio)
-    value, coefficient = kl_loss_terms(log_ratio, _which_loss(direction, sampled_from, form))
-    return value + coefficient * (log_ratio - log_ratio.detach())
+    return kl_loss(log_ratio, _which_loss(direction, sampled_from, form))
 
 
 def gaussian_loss(
@@ -254,6 +255,8 @@ def sequence_loss(
             than 2 sequences for ``weight=None``.
     """
     check_tensor("log_ratio", log_ratio)
+    if log_ratio.dim() == 0:
+        raise ValueError("log_ratio must be [..., T], got a 0-dim tensor")
     _check("direction", direction, KL_DIRECTIONS)
     _check("sampled_from", sampled_from, POLICIES)
     if (direction == "old_new") != (sampled_from == "old"):
@@ -271,7 +274,8 @@ def sequence_loss(
     terms = _sequence_terms(
         widened(log_ratio), sampled_from, None if step_kl is None else widened(step_kl), mask, weight
     )
-    return terms.to(log_ratio.dtype if step_kl is None else torch.promote_types(log_ratio.dtype, step_kl.dtype))
+    dtype = log_ratio.dtype if step_kl is None else torch.promote_types(log_ratio.dtype, step_kl.dtype)
+    return narrowed(terms.detach(), dtype) + without_value(terms).to(dtype)  # a limit would have no gradient
 
 
 def _sequence_terms(
@@ -286,12 +290,11 @@ def _sequence_terms(
         variate = _step_variates(-x if sampled_from == "new" else x, mask, weight)
         if sampled_from == "old":
             return (variate - log_ratio).sum(-1)
-        later = _to_go(x + variate) - variate  # with this step's ℓ, without its control variate
+        later = x + _to_come(x + variate)  # with this step's ℓ, without its control variate
         return (x + variate + later * (log_ratio - x)).sum(-1)
     if sampled_from == "old":
         return step_kl.sum(-1)
-    later = _to_go(step_kl.detach()) - step_kl.detach()
-    return (step_kl + later * (log_ratio - x)).sum(-1)
+    return (step_kl + _to_come(step_kl.detach()) * (log_ratio - x)).sum(-1)
 
 
 def _step_variates(x: Tensor, mask: Tensor | None, weight: float | None) -> Tensor:
@@ -309,6 +312,8 @@ def _step_variates(x: Tensor, mask: Tensor | None, weight: float | None) -> Tens
 def _weight_of_others(x: Tensor, variate: Tensor, count: Tensor) -> Tensor:
     """c* = Cov(x, variate) / Var(variate) for each group [...], from the samples of all *other* groups.
 
+    0 where their variance is not above its rounding.
+
     Args:
         x: [..., T], one group in the last dimension; 0 where there is no sample.
         variate: [..., T], 0 where there is no sample.
@@ -319,16 +324,23 @@ def _weight_of_others(x: Tensor, variate: Tensor, count: Tensor) -> Tensor:
         sums = t.sum(-1)
         return (sums.sum() - sums) / others
 
-    others = count.sum() - count.sum(-1)
-    mean_x, mean_v = mean_of_others(x), mean_of_others(variate)
+    total = count.sum()
+    others = total - count.sum(-1)
+    # the weight is the same wherever x and variate are 0; at their means no large squares cancel
+    centre_x, centre_v = x.sum() / total, variate.sum() / total
+    x, variate = (x - centre_x) * count, (variate - centre_v) * count
+    mean_x, mean_v, squares = mean_of_others(x), mean_of_others(variate), variate.square()
     covariance = mean_of_others(x * variate) - mean_x * mean_v
-    variance = mean_of_others(variate.square()) - mean_v.square()
-    return torch.where(variance > 0.0, covariance / variance, 0.0)
+    variance = mean_of_others(squares) - mean_v.square()
+    eps = torch.finfo(x.dtype).eps
+    # of the samples themselves, and of the sum of all, from which each group's is taken away
+    rounding = (4.0 * eps * centre_v).square() + 32.0 * eps * squares.sum() / others
+    return torch.where(variance > rounding, covariance / variance, 0.0)
 
 
-def _to_go(x: Tensor) -> Tensor:
-    """Σ_{s≥t} x_s along the last dimension."""
-    return x.flip(-1).cumsum(-1).flip(-1)
+def _to_come(x: Tensor) -> Tensor:
+    """Σ_{s>t} x_s along the last dimension."""
+    return pad(x.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
 
 
 # --- exact forms ------------------------------------------------------------------------------------------------------
@@ -337,15 +349,19 @@ def _to_go(x: Tensor) -> Tensor:
 def categorical(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """KL(p‖q) of two categorical distributions: never negative, 0 at equality, accurate however close p and q are.
 
-    Σ p φ(log q - log p) with φ(x) = eˣ - 1 - x: the same as Σ p log(p/q), because Σ q - Σ p = 0, but no two large terms
-    cancel.
+    Σ p φ(d) with d = log(q/p) and φ(x) = eˣ - 1 - x: the same as Σ p log(p/q), because Σ q - Σ p = 0, but no two large
+    terms cancel. Nor do they in d, where no logit differs by 1 or more: with D = logits_q - logits_p, q is p e^D over
+    its sum, so that d = D - log Σ p e^D = D - log1p(Σ p (e^D - 1)).
 
     Args:
-        logits_p: Unnormalised log-probabilities; -inf for what cannot happen. [..., C].
-        logits_q: [..., C]. The KL is infinite where q cannot do what p can.
+        logits_p: Unnormalised log-probabilities; -inf for what cannot happen. [..., C]. A p that is rounded to 0, where
+            a logit is 104 below the others (746 in float64) or masked with -1e9, cannot happen either.
+        logits_q: [..., C]. The KL is infinite where q cannot do what p can. What p cannot do adds no more than q's
+            probability of it, whatever it is.
 
     Returns:
-        [...], in nats, with gradients for both.
+        [...], in nats, with gradients for both. NaN where p or q is no distribution: NaN or +inf among its logits, or
+        nothing but -inf.
     """
     check_tensor("logits_p", logits_p)
     check_tensor("logits_q", logits_q)
@@ -353,10 +369,16 @@ def categorical(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
 
 def _categorical(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    log_p, log_q = torch.log_softmax(widened(logits_p), -1), torch.log_softmax(widened(logits_q), -1)
-    possible = log_p > -torch.inf
-    d = torch.where(possible, log_q - torch.where(possible, log_p, 0.0), 0.0)  # no -inf - -inf, whose gradient is NaN
+    logits_p, logits_q = widened(logits_p), widened(logits_q)
+    log_p, log_q = torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)
     p, q = log_p.exp(), log_q.exp()
+    possible = p != 0.0  # NaN is
+    # each selection also before the function that it chooses from: its gradient elsewhere can be NaN, and 0 NaN is, too
+    step = torch.where(possible | (q != 0.0), logits_q - logits_p, 0.0)
+    close = (step.abs() < 1.0).all(-1, keepdim=True)
+    step = torch.where(close, step, 0.0)
+    d = torch.where(close, step - torch.log1p((p * torch.expm1(step)).sum(-1, keepdim=True)), log_q - log_p)
+    d = torch.where(possible, d, 0.0)
     near = d.abs() < 0.5
     term = torch.where(near, p * expm1_minus(torch.where(near, d, 0.0)), (q - p) - p * d)
     return torch.where(possible, term, q).sum(-1)
@@ -374,9 +396,11 @@ def multi_categorical(logits_p: Tensor, logits_q: Tensor, sizes: list[int]) -> T
         [...], in nats.
 
     Raises:
-        ValueError: The sizes do not add up.
+        ValueError: The sizes do not add up; there are none, or one is not positive.
     """
     sizes = [int(n) for n in sizes]
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"sizes must be one or more positive numbers, got {sizes}")
     for name, logits in (("logits_p", logits_p), ("logits_q", logits_q)):
         check_tensor(name, logits)
         if logits.shape[-1] != sum(sizes):

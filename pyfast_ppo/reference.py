@@ -106,10 +106,15 @@ def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.isfinite(t), t.clamp(-largest, largest), t).to(dtype)
 
 
-def kl_loss_terms(log_ratio: Tensor, which: int) -> tuple[Tensor, Tensor]:
-    """(value, d value / d log π_new) of the loss ``KL_LOSSES[which]`` in ℓ. Elementwise, no gradient of its own."""
+def kl_loss(log_ratio: Tensor, which: int) -> Tensor:
+    """The loss ``KL_LOSSES[which]`` of ℓ, elementwise; its coefficient is a constant to autograd."""
     value, coefficient = _kl_loss_terms(widened(log_ratio.detach()), which)
-    return narrowed(value, log_ratio.dtype), narrowed(coefficient, log_ratio.dtype)
+    return narrowed(value, log_ratio.dtype) + narrowed(coefficient, log_ratio.dtype) * without_value(log_ratio)
+
+
+def without_value(t: Tensor) -> Tensor:
+    """0, with the gradient of ``t``. What is infinite stays so, to be added to a value that is: ∞ - ∞ would be NaN."""
+    return t - torch.where(t.isinf(), 0.0, t.detach())
 
 
 def _kl_loss_terms(x: Tensor, which: int) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,7 @@ class RslRlSchedule:
         backend: str | None = None,
     ) -> Tensor:
         """As ``update``, with more to say: see ``ops.learning_rate.adapted_rate``."""
+        _check_tensors(kl=kl, lr=lr)
         return adapted_rate(
             kl,
             lr,
@@ -124,6 +125,7 @@ class ProportionalSchedule:
             kl: Mean KL(old‖new) over the last epoch of the update, in nats. 0-dim.
             lr: The present rate. 0-dim float64, on the same device.
         """
+        _check_tensors(kl=kl, lr=lr)
         change = torch.sqrt(self.desired_kl / kl.clamp(min=0.0).to(lr.dtype)).clamp(1.0 / self.factor, self.factor)
         change = torch.where(torch.isfinite(kl), change, 1.0 / self.factor)
         return torch.clamp(lr * change, self.min_rate, self.max_rate)
@@ -153,6 +155,7 @@ class EarlyStop:
             kl: Mean KL of this mini-batch, before its step, in nats. 0-dim.
             stopped: What the call before has returned; None at the first mini-batch of an update.
         """
+        _check_tensors(kl=kl)
         beyond = ~((kl <= self.limit) & torch.isfinite(kl))
         return beyond if stopped is None else stopped | beyond
 
@@ -184,6 +187,17 @@ class AdaptivePenalty:
             kl: Mean KL over the update, in nats. 0-dim.
             coef: The present coefficient. 0-dim, on the same device.
         """
+        _check_tensors(kl=kl, coef=coef)
         doubled = (kl > 1.5 * self.desired_kl) | ~torch.isfinite(kl)
-        change = torch.where(doubled, 2.0, torch.where(kl < self.desired_kl / 1.5, 0.5, 1.0))
-        return torch.clamp(coef * change, self.min_coef, self.max_coef)
+        halved = kl < self.desired_kl / 1.5
+        following = torch.where(doubled, 2.0 * coef, torch.where(halved, 0.5 * coef, coef))
+        return torch.clamp(following, self.min_coef, self.max_coef)
+
+
+def _check_tensors(**arguments: Tensor) -> None:
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got {type(t).__name__}; "
+                f"convert it with torch.as_tensor({name}, dtype=torch.float64)"
+            )

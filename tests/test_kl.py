@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 
 import mpmath
@@ -126,6 +127,38 @@ def test_best_weight_is_found_without_bias() -> None:
     assert spread < 0.98 * kl.estimate(many, "k1").std()
 
 
+def weights_of_others(x: Tensor) -> Tensor:
+    """c* for each sample from all others, one after the other, in float64."""
+    others = [torch.cat([x[:i], x[i + 1 :]]).double() for i in range(len(x))]
+    pairs = [(t - t.mean(), t.expm1() - t.expm1().mean()) for t in others]
+    return torch.stack([(a * b).sum() / b.square().sum() for a, b in pairs])
+
+
+@pytest.mark.parametrize("mean", [0.5, 1.0, 2.0, -2.0])
+@pytest.mark.parametrize("spread", [0.1, 1e-3])
+@pytest.mark.parametrize("samples", [3, 64])
+def test_best_weight_of_samples_far_from_zero(mean: float, spread: float, samples: int) -> None:
+    """In float32: moments about 0 lose the spread beside the mean. Of a sequence's one step the weight is the same."""
+    x = mean + spread * torch.randn(samples, generator=torch.Generator().manual_seed(7))
+    want = weights_of_others(x)
+    for got in (kl.control_variate(x), kl.sequence_loss(x[:, None], "old_new", "old", weight=None)):
+        torch.testing.assert_close((got.double() + x) / x.double().expm1(), want, rtol=5e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("x", [-3.0, 1e-5, 0.1, 0.3, 1.0, 3.0, 25.0])
+def test_samples_that_are_equal_have_no_best_weight(x: float, dtype: torch.dtype) -> None:
+    """Their variance is rounding, whatever their number."""
+    for samples in (3, 10, 100, 4096):
+        log_ratio = torch.full((samples,), x, dtype=dtype)
+        assert torch.equal(kl.control_variate(log_ratio), -log_ratio)
+        mask = torch.arange(3) < torch.arange(1, samples + 1)[:, None]
+        steps = torch.where(mask, log_ratio[:, None], torch.nan)
+        assert torch.equal(
+            kl.sequence_loss(steps, mask=mask, weight=None), kl.sequence_loss(steps, mask=mask, weight=0.0)
+        )
+
+
 @pytest.mark.parametrize("sampled_from", ["old", "new"])
 def test_k3_is_accurate_near_zero(sampled_from: str) -> None:
     """In float32, relative to itself: e^x - 1 - x is no difference of near-equal numbers."""
@@ -193,6 +226,20 @@ def test_outliers_stay_finite(case: tuple[str, str, str]) -> None:
     assert torch.isfinite(value).all()
     assert torch.isfinite(log_ratio.grad).all()
     assert case[2] != "k3" or (kl.loss(1e10 * log_ratio, *case) >= 0.0).all()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("case", EXACT_LOSSES, ids=" ".join)
+def test_an_infinite_log_ratio(case: tuple[str, str, str], sign: float) -> None:
+    """The value is infinite, as kl.gaussian_loss has it, and the gradient is the coefficient."""
+    far, infinite = (torch.tensor([sign * x], dtype=torch.float64, requires_grad=True) for x in (1e100, torch.inf))
+    value, want = kl.loss(infinite, *case), torch.inf * kl.loss(far, *case)
+    if sign < 0.0 and case[0] == "new_old" and case[2] == "k1":  # -∞, of a slope that is -∞, too
+        assert value.isnan().all()
+    else:
+        assert torch.equal(value, want)
+    (gradient,), (at_far,) = (torch.autograd.grad(kl.loss(t, *case).sum(), t) for t in (infinite, far))
+    assert torch.equal(gradient, torch.where(at_far.abs() > 1e50, torch.inf * at_far, at_far))
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------
@@ -314,18 +361,78 @@ def test_categorical() -> None:
     assert torch.isinf(kl.categorical(q, impossible)).all()
 
 
-@pytest.mark.parametrize("step", [1e-6, 1e-4, 1e-2, 1.0])
-def test_categorical_is_accurate_near_zero(step: float) -> None:
-    """In float32: relative to the KL itself; the usual form loses all digits and goes negative."""
+def exact_categorical(p: Tensor, q: Tensor) -> list[Tensor]:
+    """(KL, gradients of p's logits and of q's) with 50 digits: p, -p (log(q/p) + KL) and q - p. One row."""
+    with mpmath.workdps(50):
+        p, q = ([mpmath.exp(x) for x in row.tolist()] for row in (p, q))
+        p, q = ([x / mpmath.fsum(row) for x in row] for row in (p, q))
+        log_ratios = [mpmath.log(b / a) for a, b in zip(p, q, strict=True)]
+        value = -mpmath.fsum(a * d for a, d in zip(p, log_ratios, strict=True))
+        of_p = [-a * (d + value) for a, d in zip(p, log_ratios, strict=True)]
+        return [torch.tensor([float(x) for x in row], dtype=torch.float64)
+                for row in ([value], of_p, [b - a for a, b in zip(p, q, strict=True)])]  # fmt: skip
+
+
+@pytest.mark.parametrize("categories", [3, 18])
+@pytest.mark.parametrize("step", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0])
+def test_categorical_is_accurate_near_zero(step: float, categories: int) -> None:
+    """In float32, each row relative to itself, and so its gradients; the usual form loses all digits, and its sign."""
     g = torch.Generator().manual_seed(3)
-    p = torch.randn(20, 5, generator=g)
-    q = p + step * torch.randn(20, 5, generator=g)
+    p = torch.randn(20, categories, generator=g)
+    q = (p + step * torch.randn(20, categories, generator=g)).requires_grad_()
+    p.requires_grad_()
     got = kl.categorical(p, q)
     assert (got >= 0.0).all()
     assert not kl.categorical(p, p).any()
-    want = kl_divergence(Categorical(logits=p.double()), Categorical(logits=q.double()))
-    # the logits' own rounding, 1e-7, times the step is what float32 cannot know
-    assert ((got - want).abs() <= 1e-5 * want + 3e-7 * step).all()
+    for value, *rows in zip(got, *torch.autograd.grad(got.sum(), (p, q), retain_graph=True), p, q, strict=True):
+        exact = exact_categorical(*rows[2:])
+        for one, want in zip((value.reshape(1), *rows[:2]), exact, strict=True):
+            assert (one - want).abs().max() <= (2e-6 if step < 0.5 else 1e-5) * want.abs().max()
+
+
+def test_categorical_where_only_some_rows_are_close() -> None:
+    """Values, first and second derivatives in float64, at once and compiled; masks are no distance."""
+    g = torch.Generator().manual_seed(8)
+    p = torch.randn(6, 4, generator=g, dtype=torch.float64)
+    q = p + torch.tensor([0.1, 3.0] * 3)[:, None] * torch.randn(6, 4, generator=g, dtype=torch.float64)
+    p, q = p.requires_grad_(), q.requires_grad_()
+    assert torch.autograd.gradcheck(kl.categorical, (p, q))
+    assert torch.autograd.gradgradcheck(kl.categorical, (p, q))
+    compiled = torch.compile(kl.categorical, fullgraph=True, backend="aot_eager")
+    masked = [torch.cat([t[:, :2], torch.full_like(t[:, :1], -torch.inf), t[:, 2:]], -1) for t in (p, q)]
+    for function in (kl.categorical, compiled):
+        for pair in ((p, q), masked):
+            got, want = function(*pair), kl.categorical(p, q)
+            torch.testing.assert_close(got, want)
+            gradients = (torch.autograd.grad(t.sum(), (p, q)) for t in (got, want))
+            for one, other in zip(*gradients, strict=True):
+                torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("logits", [[math.nan, 0.0, 1.0], [math.inf, 0.0, 1.0], [-math.inf] * 3], ids=str)
+def test_what_is_no_distribution(logits: list[float], dtype: torch.dtype) -> None:
+    """NaN in its row, and in no other."""
+    fine = torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.0, 2.0]], dtype=dtype)
+    wrong = torch.stack([torch.tensor(logits, dtype=dtype), fine[0]])
+    for pair in ((wrong, fine), (fine, wrong)):
+        assert kl.categorical(*pair).isnan().tolist() == [True, False]
+        assert kl.multi_categorical(*(t.repeat(1, 2) for t in pair), [3, 3]).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("logit", [-1e3, -1e9, -3e38, -math.inf])
+def test_what_p_cannot_do_does_not_matter(logit: float, dtype: torch.dtype) -> None:
+    """Whether it is masked with -inf or a number so low that p is rounded to 0: q may be anything there."""
+    rest = torch.tensor([[0.3, -0.2], [0.1, 0.4]], dtype=dtype)
+    want = kl.categorical(*rest)
+    for other in (logit, -1e4, -1e9, -math.inf):
+        p, q = (torch.cat([t, t.new_tensor([x])]).requires_grad_() for t, x in zip(rest, (logit, other), strict=True))
+        got = kl.categorical(p, q)
+        torch.testing.assert_close(got, want)
+        assert all(torch.isfinite(t).all() for t in torch.autograd.grad(got, (p, q)))
+    possible = torch.tensor([0.3, -0.2, -50.0], dtype=dtype)
+    assert kl.categorical(possible, torch.tensor([0.1, 0.4, -math.inf], dtype=dtype)) == torch.inf
 
 
 def test_multi_categorical() -> None:
@@ -389,6 +496,25 @@ def test_sequences_of_small_dtypes(dtype: torch.dtype, sampled_from: str) -> Non
 
 
 @SMALL
+def test_sequences_beyond_a_small_dtype(dtype: torch.dtype) -> None:
+    """The largest number, with the gradient of what it stands for; what is infinite is no number."""
+    x = torch.full((1, 2), -30.0, dtype=dtype, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    value, want = (kl.sequence_loss(t, weight=1.0) for t in (x, wide))
+    assert_rounded(value.detach(), want.detach(), dtype)
+    for scale in (1.0, 1e-4):
+        (grad,) = torch.autograd.grad(scale * value.sum(), x, retain_graph=True)
+        (want_grad,) = torch.autograd.grad(scale * want.sum(), wide, retain_graph=True)
+        torch.testing.assert_close(grad, want_grad.to(dtype), rtol=0.01, atol=0.0)
+    steps = torch.full((1, 3000), 40.0, dtype=dtype, requires_grad=True)
+    value = kl.sequence_loss(torch.zeros_like(steps), "old_new", "old", step_kl=steps)
+    assert_rounded(value.detach(), torch.tensor([120_000.0]), dtype)
+    value.sum().backward()
+    assert torch.equal(steps.grad, torch.ones_like(steps))
+    assert kl.sequence_loss(torch.tensor([[0.0, torch.inf]], dtype=dtype), "old_new", "old") == -torch.inf
+
+
+@SMALL
 @pytest.mark.parametrize("step", [1.0, 0.1, 0.02])
 def test_categorical_of_small_dtypes(dtype: torch.dtype, step: float) -> None:
     """Near equality nothing cancels in 8 bits; of several distributions the sum is rounded once."""
@@ -448,6 +574,8 @@ def test_wrong_arguments_are_named() -> None:
     for sampled_from in ("old", "new"):
         with pytest.raises(ValueError, match=r"^form 'k2' has not the gradient of KL\(old‖new\)"):
             kl.loss(x, "old_new", sampled_from, "k2")
+    with pytest.raises(ValueError, match=r"^log_ratio must be \[\.\.\., T\], got a 0-dim tensor"):
+        kl.sequence_loss(x[0])
     with pytest.raises(ValueError, match="products of ratios"):
         kl.sequence_loss(x, "new_old", "old")
     with pytest.raises(ValueError, match=r"^mask must have the shape \[4\], got \[3\]"):
@@ -458,3 +586,7 @@ def test_wrong_arguments_are_named() -> None:
         kl.sequence_loss(x, weight=None)
     with pytest.raises(ValueError, match=r"^logits_p must have 5 = sum of sizes in its last dimension, got 4"):
         kl.multi_categorical(x, x, [2, 3])
+    for logits, sizes in ((x[:0], []), (x, [5, -1])):
+        message = f"sizes must be one or more positive numbers, got {sizes}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            kl.multi_categorical(logits, logits, sizes)

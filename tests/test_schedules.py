@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfast_ppo.schedules import AdaptivePenalty, EarlyStop, ProportionalSchedule
+from pyfast_ppo.schedules import (
+    AdaptivePenalty,
+    EarlyStop,
+    ProportionalSchedule,
+    RslRlSchedule,
+    RslRlScheduleBefore5,
+)
 
 DESIRED = 0.01
 
@@ -52,6 +58,19 @@ def test_adaptive_penalty(kl: float, change: float) -> None:
     assert AdaptivePenalty(DESIRED).update(number(kl), number(0.25)).item() == 0.25 * change
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", [AdaptivePenalty(DESIRED), ProportionalSchedule(DESIRED), RslRlSchedule(DESIRED)])
+def test_the_state_keeps_its_dtype(rule: object, dtype: torch.dtype, default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for kl in (0.0, DESIRED, 1.0, math.nan):
+            assert rule.update(number(kl, torch.float32), number(1e-3, dtype)).dtype == dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize(
     ("kl", "stops"),
     [(DESIRED, False), (0.0, False), (-1.0, False), (DESIRED * 1.1, True), (math.inf, True), (-math.inf, True),
@@ -90,6 +109,24 @@ def test_no_rule_reads_a_number_on_the_host(rule: object) -> None:
         rule.update(kl, state)
     with Refuse(), pytest.raises(AssertionError):
         kl.item()
+
+
+@pytest.mark.parametrize(
+    ("rule", "state"),
+    [
+        (RslRlSchedule(DESIRED), "lr"),
+        (RslRlScheduleBefore5(DESIRED), "lr"),
+        (ProportionalSchedule(DESIRED), "lr"),
+        (AdaptivePenalty(DESIRED), "coef"),
+        (EarlyStop(DESIRED), None),
+    ],
+)
+def test_numbers_of_the_host_are_refused(rule: object, state: str | None) -> None:
+    with pytest.raises(TypeError, match=r"^kl must be a tensor, got float; convert it with torch.as_tensor\(kl, "):
+        rule.update(0.02, None if state is None else number(1e-3))
+    if state is not None:
+        with pytest.raises(TypeError, match=rf"^{state} must be a tensor, got float; .* torch.as_tensor\({state}, "):
+            rule.update(number(0.02), 1e-3)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -108,8 +108,7 @@ def gaussian_kl_loss(
     if run is None:
         actions, mean, std, old_log_prob = (reference.savable(t).to(dtype) for t in flat)
         log_ratio = reference.gaussian_log_prob(actions.detach(), mean, std) - old_log_prob.detach().reshape(-1)
-        value, coefficient = reference.kl_loss_terms(log_ratio, which)
-        return (value + coefficient * (log_ratio - log_ratio.detach())).view(leading)
+        return reference.kl_loss(log_ratio, which).view(leading)
     return _KlLoss.apply(run, which, *flat).view(leading)
 
 

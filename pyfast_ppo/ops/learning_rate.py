@@ -24,7 +24,7 @@ def adapted_rate(
 
     Args:
         kl: In nats. 0-dim. NaN changes nothing.
-        rate: The present one. 0-dim float64.
+        rate: The present one. 0-dim float64. NaN becomes ``min_rate`` or ``max_rate``, or stays, as in rsl_rl.
         desired_kl: In nats.
         min_rate: A rate that is lowered is this at least.
         max_rate: A rate that is raised is this at most.
@@ -37,7 +37,8 @@ def adapted_rate(
         following = torch.empty_like(rate)
         run.adapt_rate((desired_kl, min_rate, max_rate, factor, rise_above), kl, rate, lost, following)
         return following
-    raised = torch.clamp(rate * factor, max=max_rate)
+    raised = rate * factor
+    raised = torch.where(raised < max_rate, raised, max_rate)  # a clamp would keep NaN
     low = (kl < desired_kl / 2.0) & (kl > rise_above)
     lowered = _lowered(rate, min_rate, factor)
     following = torch.where(kl > desired_kl * 2.0, lowered, torch.where(low, raised, rate))
@@ -52,7 +53,8 @@ def lower_if_lost(following: Tensor, rate: Tensor, lost: Tensor, *, min_rate: fl
 def _lowered(rate: Tensor, min_rate: float, factor: float) -> Tensor:
     # a tensor: on a GPU torch multiplies by the reciprocal of a number, which can round otherwise
     divisor = torch.full((), factor, dtype=rate.dtype, device=rate.device)
-    return torch.clamp(rate / divisor, min=min_rate)
+    lowered = rate / divisor
+    return torch.where(lowered > min_rate, lowered, min_rate)
 
 
 def _is_plain(kl: Tensor, rate: Tensor) -> bool:

@@ -117,6 +117,22 @@ def test_a_nan_stays_in_its_row(backend: str, device: str, which: tuple[str, str
     assert torch.equal(value[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
+@pytest.mark.parametrize("old_log_prob", [float("inf"), float("-inf")])
+@LOSSES
+def test_an_infinite_log_ratio_shows(
+    backend: str, device: str, which: tuple[str, str, str], old_log_prob: float
+) -> None:
+    arguments = make_arguments((6, 3), device=device)
+    good = kl.gaussian_loss(*arguments, *which, backend=backend)
+    arguments[3][2] = old_log_prob
+    value = kl.gaussian_loss(*arguments, *which, backend=backend)
+    assert not torch.isfinite(value[2])
+    if which[2] == "k3":
+        assert value[2] == float("inf")
+    rest = [0, 1, 3, 4, 5]
+    assert torch.equal(value[rest], good[rest])
+
+
 def test_exactly_zero_at_equality(backend: str, device: str) -> None:
     """k3 and its gradient, where the old log-probability is the new one's own."""
     from pyfast_ppo import gaussian_log_prob

@@ -14,7 +14,7 @@ DESIRED = 0.01
 RULE = {"desired_kl": DESIRED, "min_rate": 1e-5, "max_rate": 1e-2, "factor": 1.5}
 KLS = [0.0, -1e-9, 1e-15, 1e-9, DESIRED / 2, DESIRED, 2 * DESIRED, 1.0, math.nan, math.inf, -math.inf]
 BESIDE = [math.nextafter(x, side) for x in (DESIRED / 2, 2 * DESIRED) for side in (0.0, 1.0)]
-RATES = [1e-3, 1e-5, 1.2e-5, 1e-2, 9e-3, 1e-6, 0.5]
+RATES = [1e-3, 1e-5, 1.2e-5, 1e-2, 9e-3, 1e-6, 0.5, math.nan, math.inf]
 
 
 def rsl_rl(kl: torch.Tensor, rate: float, rise_above: float, lost: bool) -> float:
@@ -36,8 +36,17 @@ def test_as_rsl_rl(backend: str, device: str, dtype: torch.dtype, rise_above: fl
         found = adapted_rate(kl.to(device), present, **RULE, rise_above=rise_above, lost=flag, backend=backend)
         assert found.dtype == torch.float64
         assert found.shape == ()
-        assert float(found) == rsl_rl(kl, rate, rise_above, bool(lost)), (value, rate, lost)
-        assert float(present) == rate
+        want = rsl_rl(kl, rate, rise_above, bool(lost))
+        assert float(found) == pytest.approx(want, rel=0.0, abs=0.0, nan_ok=True), (value, rate, lost)
+        assert float(present) == pytest.approx(rate, rel=0.0, abs=0.0, nan_ok=True)
+
+
+@pytest.mark.parametrize("kl", [0.0, DESIRED, 1.0])
+def test_a_rate_that_is_nan_is_one_of_torchs_too(backend: str, device: str, kl: float) -> None:
+    """A KL in half precision, which no kernel takes, makes of it what rsl_rl does."""
+    rate = torch.full((), math.nan, dtype=torch.float64, device=device)
+    found = adapted_rate(torch.tensor(kl, dtype=torch.bfloat16, device=device), rate, **RULE, backend=backend)
+    assert float(found) == pytest.approx(rsl_rl(torch.tensor(kl), math.nan, -math.inf, False), rel=0.0, nan_ok=True)
 
 
 @pytest.mark.parametrize("kl_dtype", [torch.float32, torch.bfloat16])
