@@ -38,6 +38,14 @@ def check_env(env: VecEnv, train_cfg: Any = None, *, steps: int = DEFAULT_STEPS)
         TypeError: ``env`` is no rsl_rl ``VecEnv``, or ``train_cfg`` no config.
         ValueError: ``steps`` is not positive.
     """
+    findings = find_faults(env, train_cfg, steps)
+    for finding in findings:
+        print(finding)
+    return findings
+
+
+def find_faults(env: VecEnv, train_cfg: Any, steps: int) -> list[Finding]:
+    """:func:`check_env` without its lines."""
     from pyfast_ppo._check_env.config import as_dict
     from pyfast_ppo._check_env.course import look_at
 
@@ -45,10 +53,7 @@ def check_env(env: VecEnv, train_cfg: Any = None, *, steps: int = DEFAULT_STEPS)
     cfg = as_dict(train_cfg)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    findings = look_at(env, cfg, steps)
-    for finding in findings:
-        print(finding)
-    return findings
+    return look_at(env, cfg, steps)
 
 
 def _require_vec_env(env: Any) -> None:

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
+
+from pyfast_ppo.vec_env import Bounds
 
 try:
     import gymnasium
@@ -32,7 +34,7 @@ _SAME_STEP_HINT = (
 
 
 class NonFiniteActionError(ValueError):
-    """An action is NaN, or infinite where its bound is infinite: the policy has diverged."""
+    """An action is NaN, or infinite without a bound: the policy has diverged, or has seen such an observation."""
 
 
 class GymnasiumVecEnv(VecEnv):
@@ -44,18 +46,28 @@ class GymnasiumVecEnv(VecEnv):
     ``[E, C, H, W]``, as rsl_rl's CNN models want it. Values are not rescaled.
 
     Actions are clipped to the bounds of the action space on their way into the environment. The algorithm keeps the
-    unclipped action, whose log-probability it knows.
+    unclipped action, whose log-probability it knows. ``action_bounds`` is what an exported policy must clip to:
+    ``pyfast_ppo.rsl_rl.export`` does.
 
     Environments reset within the step that ends their episode (autoreset mode ``SAME_STEP``), so no step is lost, and
-    the observation before the reset is handed out as ``extras["final_obs"]``.
+    the observation before the reset is handed out as ``extras["final_obs"]``. It is copied before the reset, except in
+    a ``VectorEnv`` of your own and in an ``AsyncVectorEnv`` that you pass in: there, no environment may write into an
+    observation that it has returned. Gymnasium's vector wrappers of observations refuse that mode; give
+    ``wrappers=[...]``, which wrap each environment, with an id.
 
     ``episode_length_buf`` counts the steps of the running episodes, ``[E]``. Gymnasium's time limit lives inside the
     environment and cannot be moved from outside: writing to the buffer (rsl_rl's ``init_at_random_ep_len``) changes
-    the count, not the moment of the time-out.
+    the count, not the moment of the time-out. ``max_episode_length`` is the limit that the task is registered or made
+    with (``max_episode_steps``). A ``TimeLimit`` among ``wrappers`` is found, too, but not in the processes of an
+    ``AsyncVectorEnv``; its time-outs are time-outs all the same.
+
+    Attributes:
+        action_bounds: (low, high), float32 ``[A]`` each: the range of the executed action; None if none is bounded.
     """
 
     num_envs: int
     num_actions: int
+    action_bounds: Bounds | None
     max_episode_length: int
     episode_length_buf: torch.Tensor
     device: torch.device
@@ -74,7 +86,7 @@ class GymnasiumVecEnv(VecEnv):
 
         Args:
             env: An id (``"InvertedPendulum-v5"``), a callable that makes one environment, or a ``VectorEnv`` whose
-                autoreset mode is ``SAME_STEP``.
+                autoreset mode is ``SAME_STEP``. The environments of a ``SyncVectorEnv`` are wrapped in place.
             num_envs: Number of environments, E. A ``VectorEnv`` knows its own; leave 1 then.
             device: Where the returned tensors live.
             seed: Seed of the first reset; environment ``i`` gets ``seed + i``. None: not reproducible.
@@ -98,6 +110,7 @@ class GymnasiumVecEnv(VecEnv):
         time_limit = _time_limit(self.env)
         self.max_episode_length = NO_TIME_LIMIT if time_limit is None else time_limit
         self.device = torch.device(device)
+        self.action_bounds = _action_bounds(self._action_space, self.device)
         self.cfg = {
             "env": env if isinstance(env, str) else str(self.env),
             "num_envs": self.num_envs,
@@ -147,6 +160,7 @@ class GymnasiumVecEnv(VecEnv):
         Raises:
             ValueError: Wrong shape of the actions.
             NonFiniteActionError: An action is NaN, or infinite where its bound is infinite.
+            RuntimeError: An episode ended without its final observation.
         """
         obs, rewards, terminated, truncated, infos = self.env.step(self._to_env_actions(actions))
         done = terminated | truncated  # [E]
@@ -179,10 +193,19 @@ class GymnasiumVecEnv(VecEnv):
             rows = np.flatnonzero(~np.isfinite(clipped.reshape(self.num_envs, -1)).all(axis=1))
             raise NonFiniteActionError(
                 f"actions are NaN or infinite in {len(rows)} of {self.num_envs} environments (the first is number"
-                f" {rows[0]}): the policy has diverged; lower the learning rate or desired_kl, or normalise the"
-                " observations."
+                f" {rows[0]}): {self._cause_of_non_finite_actions()}"
             )
         return clipped
+
+    def _cause_of_non_finite_actions(self) -> str:
+        for name, values in self._obs.items():
+            rows = (~torch.isfinite(values.flatten(1)).all(dim=1)).nonzero()
+            if len(rows):
+                return (
+                    f"the observation {name!r} of environment {int(rows[0])}, which the policy has seen, is NaN or"
+                    " infinite; let the environment end such an episode as terminated, or clip the observation."
+                )
+        return "the policy has diverged; lower the learning rate or desired_kl, or normalise the observations."
 
     def _to_tensor(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         # torch.tensor copies; from_numpy would alias a buffer that some vector environments write to again
@@ -202,14 +225,23 @@ class GymnasiumVecEnv(VecEnv):
         rows = np.flatnonzero(done)
         if len(rows) == 0:
             return final
+        if not isinstance(infos, Mapping):
+            raise RuntimeError(
+                f"{self.env} returns infos that are a {type(infos).__name__}, without final_obs as autoreset mode"
+                " SAME_STEP has it; leave out the wrapper that turns infos into lists (DictInfoToList)."
+            )
         if "final_obs" not in infos:
             raise RuntimeError(
                 f"{self.env} ended an episode without info['final_obs'], which autoreset mode SAME_STEP promises."
             )
+        before_reset = infos["final_obs"]
         rows_on_device = torch.from_numpy(rows).to(self.device)
         for name, shape in self._group_shapes.items():
-            before_reset = [infos["final_obs"][row] for row in rows]
-            values = np.stack([obs[name] if isinstance(obs, dict) else obs for obs in before_reset])
+            if isinstance(before_reset, Mapping):  # a VectorEnv that keeps each group as one array
+                values = np.asarray(before_reset[name])[rows]
+            else:
+                observations = (before_reset[row] for row in rows)
+                values = np.stack([obs[name] if isinstance(obs, dict) else obs for obs in observations])
             final[name][rows_on_device] = self._to_tensor(values, torch.float32).reshape(len(rows), *shape)
         return final
 
@@ -218,7 +250,8 @@ class GymnasiumVecEnv(VecEnv):
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(
                 f"the VectorEnv has autoreset mode {getattr(mode, 'name', mode)}, which loses the final observation or"
-                f" spends a step on the reset; SAME_STEP is needed: {_SAME_STEP_HINT}"
+                f" spends a step on the reset; SAME_STEP is needed: {_SAME_STEP_HINT}. Vector wrappers that refuse it"
+                " have a counterpart in gymnasium.wrappers for make_vec(..., wrappers=[...])."
             )
 
 
@@ -239,6 +272,8 @@ def _make_vector_env(env: str | Callable | VectorEnv, num_envs: int, make_kwargs
             raise TypeError(f"a VectorEnv is already made; these arguments have no use: {', '.join(make_kwargs)}.")
         if num_envs not in (1, env.num_envs):
             raise ValueError(f"num_envs={num_envs}, but the VectorEnv has {env.num_envs} environments.")
+        if isinstance(inner := env.unwrapped, SyncVectorEnv):
+            inner.envs = [_KeepFinalObservation(sub_env) for sub_env in inner.envs]
         return env
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, but is {num_envs}.")
@@ -269,6 +304,17 @@ def _checked_action_space(space: gymnasium.Space) -> gymnasium.spaces.Box:
     return space
 
 
+def _action_bounds(space: gymnasium.spaces.Box, device: torch.device) -> Bounds | None:
+    if np.isinf(space.low).all() and np.isinf(space.high).all():
+        return None
+    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    # rounding to float32 may have moved a bound out of a float64 space
+    low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
+    high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
+    low = np.minimum(low, high)  # a float64 range so narrow that it holds no float32 number
+    return torch.tensor(low.reshape(-1), device=device), torch.tensor(high.reshape(-1), device=device)
+
+
 def _group_shapes(space: gymnasium.Space) -> dict[str, tuple[int, ...]]:
     """Shape of each observation group without the leading E."""
     spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {"policy": space}
@@ -290,6 +336,11 @@ def _group_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _time_limit(env: VectorEnv) -> int | None:
     """Steps after which an episode is cut off; None where that is unknown or never."""
+    limit = _declared_time_limit(env)
+    return None if limit is None or limit <= 0 else limit  # -1 switches it off
+
+
+def _declared_time_limit(env: VectorEnv) -> int | None:
     if isinstance(env.unwrapped, SyncVectorEnv):
         # An environment that was never registered has a limit only in its wrapper
         sub_env = env.unwrapped.envs[0]

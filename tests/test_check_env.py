@@ -564,6 +564,19 @@ def test_observation_space(space):
     assert only(env).name == "observation-space"
 
 
+@pytest.mark.parametrize("is_dict", [False, True])
+def test_flat_image(is_dict):
+    class Camera(Simulator):
+        def obs(self):
+            return {"policy": super().obs()["policy"].repeat(1, 40 // A)}
+
+    env = Wrapper(Camera())
+    image = spaces.Box(0, 255, (4, 5, 2), np.uint8)
+    env.env.single_observation_space = spaces.Dict(policy=image) if is_dict else image
+    finding = only(env)
+    assert finding.name == "flat-image" and "'policy' is an image of the shape (4, 5, 2)" in finding.reason
+
+
 @pytest.mark.parametrize(
     "obs_groups",
     [{"actor": ["policy"], "critic": ["policy", "state"]}, {"actor": []}, {"actor": "policy"}, ["policy"]],
@@ -837,7 +850,7 @@ def test_wrong_final_observations(final, reason):
     env = FinalObs()
     env.final = final.__get__(env)
     finding = only(env, config())
-    assert finding.name == "wrong-final-obs" and reason in finding.reason
+    assert finding.name == "wrong-final-obs" and reason in finding.reason and "In Gymnasium" in finding.mend
 
 
 def test_final_observations_of_ended_episodes_alone_are_fine():

@@ -89,10 +89,20 @@ def test_arguments_of_the_readme_are_those_of_the_algorithm() -> None:
     assert own <= named | others, "each argument of FusedPPO is in the README"
 
 
-def test_the_code_of_the_readme_runs() -> None:
-    blocks = [body for language, body in FENCE.findall((ROOT / "README.md").read_text()) if language == "python"]
-    complete = [body for body in blocks if body.startswith("import torch")]
+def python_blocks(page: Path) -> list[str]:
+    return [body for language, body in FENCE.findall(page.read_text()) if language == "python"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_can_be_pasted(page: Path) -> None:
+    for body in python_blocks(page):
+        compile(body, page.name, "exec")
+
+
+@pytest.mark.parametrize(("name", "printed"), [("ppo_loss", 2), ("GymnasiumVecEnv", 1)])
+def test_the_code_of_the_readme_runs(name: str, printed: int, tmp_path: Path) -> None:
+    complete = [body for body in python_blocks(ROOT / "README.md") if body.startswith("import torch") and name in body]
     assert len(complete) == 1
-    run = subprocess.run([sys.executable, "-c", complete[0]], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", complete[0]], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert len(re.findall(r"tensor\(", run.stdout)) == 2
+    assert len(re.findall(r"tensor\(", run.stdout)) == printed

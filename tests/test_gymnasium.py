@@ -8,8 +8,12 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers.vector import DictInfoToList
+from rsl_rl.runners import OnPolicyRunner
 
+from pyfast_ppo.cli.train_config import Settings, train_config
 from pyfast_ppo.gymnasium import NO_TIME_LIMIT, GymnasiumVecEnv, NonFiniteActionError
+from pyfast_ppo.rsl_rl.export import export_policy_to_jit, export_policy_to_onnx
 
 
 class Counter(gymnasium.Env):
@@ -77,6 +81,26 @@ class DictObservation(Counter):
             name: np.full(space.shape, self.steps, dtype=space.dtype)
             for name, space in self.observation_space.spaces.items()
         }
+
+
+class GroupsInOneArray(VectorEnv):
+    """Two environments in one, with groups, each of which is one array, also in ``final_obs``."""
+
+    def __init__(self) -> None:
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.num_envs = 2
+        self.single_observation_space = spaces.Dict(a=spaces.Box(-9, 9, (2,)), b=spaces.Box(-9, 9, (3,)))
+        self.single_action_space = spaces.Box(-1.0, 1.0, (1,))
+
+    def obs(self, value: float) -> dict[str, np.ndarray]:
+        return {"a": np.full((2, 2), value, np.float32), "b": np.full((2, 3), -value, np.float32)}
+
+    def reset(self, *, seed=None, options=None):
+        return self.obs(0.0), {}
+
+    def step(self, actions):
+        ended = np.array([False, True])
+        return self.obs(1.0), np.zeros(2), ended, ~ended & False, {"final_obs": self.obs(7.0)}
 
 
 class ReusesItsBuffers(VectorEnv):
@@ -176,6 +200,21 @@ def test_final_observation_survives_an_environment_that_reuses_its_array():
     assert (steps_of(obs), steps_of(extras["final_obs"])) == ([0, 0], [2, 2])
 
 
+def test_final_observation_survives_in_a_sync_vector_env_that_is_passed_in():
+    vector_env = SyncVectorEnv([lambda: ReusesItsObservation(2)] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    env = GymnasiumVecEnv(vector_env)
+    step(env)
+    obs, _, _, extras = step(env)
+    assert (steps_of(obs), steps_of(extras["final_obs"])) == ([0, 0], [2, 2])
+
+
+def test_final_observations_may_be_a_dict_of_arrays():
+    _, _, dones, extras = step(GymnasiumVecEnv(GroupsInOneArray()))
+    assert dones.tolist() == [0, 1]
+    assert extras["final_obs"]["a"].tolist() == [[1.0] * 2, [7.0] * 2]
+    assert extras["final_obs"]["b"].tolist() == [[-1.0] * 3, [-7.0] * 3]
+
+
 def test_types_shapes_and_device():
     env = GymnasiumVecEnv("FastPPOCounter-v0", num_envs=4, seed=0)
     assert (env.num_envs, env.num_actions, env.max_episode_length) == (4, 1, LIMIT)
@@ -195,6 +234,8 @@ def test_time_limit_none_and_from_a_wrapper_and_from_make():
     assert GymnasiumVecEnv("FastPPOCounterNoLimit-v0").max_episode_length == NO_TIME_LIMIT
     assert GymnasiumVecEnv(lambda: gymnasium.wrappers.TimeLimit(Counter(), 7)).max_episode_length == 7
     assert GymnasiumVecEnv("FastPPOCounter-v0", max_episode_steps=5).max_episode_length == 5
+    without = GymnasiumVecEnv("FastPPOCounter-v0", max_episode_steps=-1)  # Gymnasium's way to switch it off
+    assert without.max_episode_length == NO_TIME_LIMIT and without.cfg["max_episode_steps"] is None
     vector_kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP}
     asynchronous = gymnasium.make_vec(
         "FastPPOCounter-v0", num_envs=1, vectorization_mode="async", vector_kwargs=vector_kwargs
@@ -223,6 +264,56 @@ def test_bounds_differ_by_dimension_and_actions_are_reshaped():
     assert env.env.envs[0].unwrapped.last_action.tolist() == [[-1.0, -2.0], [3.0, 0.5]]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "bounds"),
+    [
+        (-1.0, 2.0, ([-1.0, -1.0], [2.0, 2.0])),
+        ([-np.inf, -1.0], [np.inf, np.inf], ([-np.inf, -1.0], [np.inf, np.inf])),
+        (-np.inf, np.inf, None),
+    ],
+)
+def test_action_bounds_are_those_of_the_space(low, high, bounds):
+    low, high = (np.broadcast_to(np.float32(side), 2) for side in (low, high))
+    env = GymnasiumVecEnv(Counter, action_space=spaces.Box(low, high, dtype=np.float32))
+    found = env.action_bounds
+    assert (found and tuple(side.tolist() for side in found)) == bounds
+    assert found is None or {side.dtype for side in found} == {torch.float32}
+
+
+def test_an_action_that_cannot_move_has_bounds_that_meet():
+    low, high = GymnasiumVecEnv(Counter, action_space=spaces.Box(0.1, 0.1, (1,), np.float64)).action_bounds
+    assert low.item() == high.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+@pytest.mark.parametrize("form", ["jit", "onnx"])
+def test_an_exported_policy_stays_in_the_action_space(tmp_path, dtype, shape, form):
+    """Rounded to float32, 0.1 and 0.7 would lie beyond a float64 space."""
+    space = spaces.Box(np.full(shape, -0.7, dtype), np.full(shape, 0.1, dtype), dtype=dtype)
+    env = GymnasiumVecEnv(Counter, num_envs=2, action_space=space)
+    runner = OnPolicyRunner(env, train_config(Settings(), ["policy"]), None, "cpu")
+    with torch.no_grad():
+        list(runner.alg.get_policy().mlp.parameters())[-1].copy_(torch.tensor([-5.0, 0.0, 5.0]))
+    if form == "jit":
+        export_policy_to_jit(runner, tmp_path)
+        policy = torch.jit.load(tmp_path / "policy.pt")
+    else:
+        reference = pytest.importorskip("onnx.reference")
+        export_policy_to_onnx(runner, tmp_path)
+        evaluator = reference.ReferenceEvaluator(str(tmp_path / "policy.onnx"))
+
+        def policy(obs):
+            return torch.from_numpy(evaluator.run(None, {"obs": obs.numpy()})[0])
+
+    strict = Counter(action_space=space)
+    obs, _ = strict.reset()
+    with torch.inference_mode():
+        action = policy(torch.tensor(obs, dtype=torch.float32)[None])[0].numpy().reshape(shape)
+    strict.step(action)
+    np.testing.assert_allclose(action.reshape(-1)[[0, 2]], [-0.7, 0.1], rtol=1e-6)
+
+
 def test_nan_action_is_named():
     env = GymnasiumVecEnv(Counter, num_envs=3)
     with pytest.raises(NonFiniteActionError, match=r"NaN or infinite in 1 of 3 environments .* number 1"):
@@ -233,6 +324,25 @@ def test_infinite_action_without_a_bound_is_named():
     env = GymnasiumVecEnv(Counter, action_space=spaces.Box(-np.inf, np.inf, (1,), np.float32))
     with pytest.raises(NonFiniteActionError):
         env.step(torch.tensor([[float("-inf")]]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_observation_that_made_the_actions_nan_is_named(bad):
+    class Breaks(DictObservation):
+        def _obs(self):
+            obs = super()._obs()
+            obs["matrix"][1, 2] = bad if self.steps == 2 else 0.0
+            return obs
+
+    lengths = iter([1, 100, 100])
+    env = GymnasiumVecEnv(lambda: Breaks(next(lengths)), num_envs=3)
+    nan = torch.full((3, 1), float("nan"))
+    step(env)
+    with pytest.raises(NonFiniteActionError, match="the policy has diverged"):
+        env.step(nan)
+    step(env)
+    with pytest.raises(NonFiniteActionError, match=r"the observation 'matrix' of environment 1, .* is NaN or infinite"):
+        env.step(nan)
 
 
 def test_wrong_shape_of_actions_is_named():
@@ -278,7 +388,7 @@ def test_observation_spaces_that_are_no_boxes_are_refused(space):
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
 def test_other_autoreset_modes_are_refused_with_the_mend(mode):
     vector_env = SyncVectorEnv([Counter], autoreset_mode=mode)
-    with pytest.raises(ValueError, match=rf"{mode.name}.*AutoresetMode\.SAME_STEP"):
+    with pytest.raises(ValueError, match=rf"{mode.name}.*AutoresetMode\.SAME_STEP.*wrappers=\[\.\.\.\]"):
         GymnasiumVecEnv(vector_env)
 
 
@@ -373,6 +483,13 @@ def test_missing_final_observation_is_named():
 
     env = GymnasiumVecEnv(ForgetsFinalObservation([lambda: Counter(1)], autoreset_mode=AutoresetMode.SAME_STEP))
     with pytest.raises(RuntimeError, match="final_obs"):
+        step(env)
+
+
+def test_a_wrapper_that_makes_infos_a_list_is_named():
+    vector_env = SyncVectorEnv([lambda: Counter(1)], autoreset_mode=AutoresetMode.SAME_STEP)
+    env = GymnasiumVecEnv(DictInfoToList(vector_env))
+    with pytest.raises(RuntimeError, match=r"infos that are a list.*DictInfoToList"):
         step(env)
 
 

@@ -115,6 +115,7 @@ def _roll_out(env: VecEnv, cfg: dict | None, steps: int, last_action: LastAction
     if report.add(step_result.device_mix(env, groups_of(held))):
         return False
     report.add(observations.observation_space(env, held))
+    report.add(observations.flat_image(env, held))
     report.add(config.obs_groups(cfg, held))
 
     can_move_limit = not report.has("max-episode-length", "episode-length-buf")

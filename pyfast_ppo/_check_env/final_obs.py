@@ -72,7 +72,8 @@ class FinalObsWatch:
             "wrong-final-obs",
             f"extras['final_obs']{fault}",
             "hand out a clone of the observations of all groups, computed after the physics and before the reset; the"
-            " wrappers of pyfast_ppo.isaaclab and pyfast_ppo.mjlab do so.",
+            " wrappers of pyfast_ppo.isaaclab and pyfast_ppo.mjlab do so. In Gymnasium, let step() and reset() return"
+            " new arrays.",
         )
 
     def _compare(self, step: Step, final: Groups, ended: Tensor) -> None:

@@ -10,6 +10,7 @@ from rsl_rl.env import VecEnv
 from tensordict import TensorDictBase
 
 from pyfast_ppo._check_env.config import groups_read
+from pyfast_ppo._check_env.environment import innermost
 from pyfast_ppo._check_env.finding import Finding
 from pyfast_ppo._check_env.groups import Groups, count, groups_of, rows_with
 from pyfast_ppo._check_env.step import Step
@@ -79,6 +80,33 @@ def _shapes(space: Any, name: str, prefix: str = "") -> dict[str, tuple[int, ...
     for key, subspace in space.spaces.items() if isinstance(space.spaces, Mapping) else enumerate(space.spaces):
         shapes |= _shapes(subspace, f"{prefix}{key}", f"{prefix}{key}/")
     return shapes
+
+
+def flat_image(env: VecEnv, obs: Any) -> Finding | None:
+    for name, shape in flat_images(env, groups_of(obs)).items():
+        return Finding(
+            "flat-image",
+            f"the observation {name!r} is an image of the shape {shape}, but is handed out as a row of numbers: an MLP"
+            " would have to learn which of them are neighbours.",
+            "hand it out as [E, C, H, W] and let a CNNModel read it; GymnasiumVecEnv keeps images whose channels come"
+            " first.",
+        )
+    return None
+
+
+def flat_images(env: VecEnv, groups: Groups) -> dict[str, tuple[int, ...]]:
+    """Groups ``[E, d]`` that the environment declares as images, three dimensions of bytes; and their shapes there."""
+    space = getattr(innermost(env), "single_observation_space", None)
+    spaces = getattr(space, "spaces", {name: space for name in groups} if len(groups) == 1 else {})
+    return {
+        name: tuple(spaces[name].shape)
+        for name, values in groups.items()
+        if values.dim() == 2 and isinstance(spaces, Mapping) and _is_image(spaces.get(name))
+    }
+
+
+def _is_image(space: Any) -> bool:
+    return len(getattr(space, "shape", None) or ()) == 3 and str(space.dtype) == "uint8"
 
 
 def non_finite_observations(step: Step) -> Finding | None:

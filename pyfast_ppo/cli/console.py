@@ -26,13 +26,14 @@ class Console:
     def say(self, text: str = "", end: str = "\n") -> None:
         """Print one line, or its beginning, at once.
 
-        A reader that has gone away (``| tee`` after Ctrl-C) does not stop the run.
+        A reader that has gone away (``| tee`` after Ctrl-C), or a full disk, does not stop the run.
         """
         try:
             print(text, end=end, file=self._stream, flush=True)
-        except BrokenPipeError:
+        except OSError:
             # What is left in the stream's buffer would raise again when the interpreter exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def can_draw(self) -> bool:
         """Whether matplotlib is there; what that means is said where it is not."""

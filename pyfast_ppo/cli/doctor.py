@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyfast_ppo import __version__
 from pyfast_ppo.cli.arguments import positive
+from pyfast_ppo.cli.console import Console
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.simulators import default_device, make_simulated
 from pyfast_ppo.versions import fault_of_rsl_rl, installed
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     environment.add_argument(
         "--env",
         metavar="ID",
-        help="look at this Gymnasium task for known faults (docs/check_env.md); exit code 1: found",
+        help="look at this Gymnasium task (also module:id) for known faults (docs/check_env.md); exit code 1: found",
     )
     environment.add_argument("--task", metavar="NAME", help="the same for a task of Isaac Lab or mjlab")
     parser.add_argument("--num-envs", type=positive, metavar="N", help=f"environments ({_NUM_ENVS})")
@@ -51,16 +52,17 @@ def run(args: argparse.Namespace) -> int:
     if alone:
         raise UserError(f"--{alone[0].replace('_', '-')} goes with --env or --task.")
     own = [("pyfast_ppo", __version__), ("python", platform.python_version())]
-    _print_section("Versions", own + [(name, _version(name)) for name in PACKAGES])
-    _print_section("Hardware", _hardware())
-    _print_section("Backends", _backends())
+    console = Console()
+    _print_section(console, "Versions", own + [(name, _version(name)) for name in PACKAGES])
+    _print_section(console, "Hardware", _hardware())
+    _print_section(console, "Backends", _backends())
     return 0
 
 
 def _look_at_environment(args: argparse.Namespace) -> int:
     import torch
 
-    from pyfast_ppo.check_env import DEFAULT_STEPS, check_env
+    from pyfast_ppo.check_env import DEFAULT_STEPS, find_faults
 
     steps, num_envs = args.steps or DEFAULT_STEPS, args.num_envs or _NUM_ENVS
     device = args.device or (default_device() if args.task else "cpu")
@@ -74,25 +76,26 @@ def _look_at_environment(args: argparse.Namespace) -> int:
     else:
         env, config = make_simulated(name, num_envs, device, _SEED)
     with contextlib.closing(env):
-        findings = check_env(env, config, steps=steps)
-    if findings:
-        return 1
-    print(f"{name}: nothing found in {steps} steps of {num_envs} environment{'s' if num_envs > 1 else ''}.")
-    return 0
+        findings = find_faults(env, config, steps)
+    console = Console()
+    for finding in findings:
+        console.say(str(finding))
+    if not findings:
+        console.say(f"{name}: nothing found in {steps} steps of {num_envs} environment{'s' if num_envs > 1 else ''}.")
+    return 1 if findings else 0
 
 
 def _make_gymnasium(name: str, num_envs: int, device: str) -> tuple[VecEnv, dict | None]:
     missing = [package for package in ("gymnasium", "mujoco") if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"--env needs {' and '.join(missing)}; install with: pip install 'pyfast-ppo[gym]'")
-    from pyfast_ppo.cli.environment import make_env
+    from pyfast_ppo.cli.environment import images, make_env, vector_groups
     from pyfast_ppo.cli.train_config import Settings, train_config
 
     settings = Settings(env=name, num_envs=num_envs, device=device, seed=_SEED)
     env = make_env(settings)
-    obs = env.get_observations()
-    has_images = any(values.dim() != 2 for values in obs.values())  # which the MLPs of that config do not read
-    return env, None if has_images else train_config(settings, list(map(str, obs.keys())))
+    # The MLPs of that config do not read images
+    return env, None if images(env) else train_config(settings, vector_groups(env))
 
 
 def _hardware() -> list[tuple[str, str]]:
@@ -127,9 +130,9 @@ def _version(package: str) -> str:
     return (version or "not installed") + (f"  {fault}" if fault else "")
 
 
-def _print_section(title: str, rows: list[tuple[str, str]]) -> None:
+def _print_section(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
-    print(title)
+    console.say(title)
     for name, text in rows:
-        print(f"  {name:<{width}}  {text}")
-    print()
+        console.say(f"  {name:<{width}}  {text}")
+    console.say()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import gymnasium
 import mujoco
 
+from pyfast_ppo._check_env.groups import groups_of
+from pyfast_ppo._check_env.observations import flat_images
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.train_config import Settings
 from pyfast_ppo.gymnasium import GymnasiumVecEnv
@@ -20,14 +23,18 @@ def make_env(settings: Settings) -> GymnasiumVecEnv:
         UserError: There is no such task, it needs a package that is missing, or its spaces do not fit.
     """
     mujoco.set_mju_user_warning(_WarnOnce())
+    module = settings.env.rpartition(":")[0]
+    if module and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m has it
+    known = dict(gymnasium.registry)
     try:
         return GymnasiumVecEnv(settings.env, settings.num_envs, device=settings.device, seed=settings.seed)
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"{settings.env} needs a package that is missing: {error}") from error
     except gymnasium.error.Error as error:
-        raise UserError(
-            f"there is no Gymnasium task {settings.env!r}{near_matches(settings.env, gymnasium.registry)}."
-        ) from error
+        # of a module, those that its import has just registered
+        tasks = [f"{module}:{task}" for task in gymnasium.registry if task not in known] if module else known
+        raise UserError(f"there is no Gymnasium task {settings.env!r}{near_matches(settings.env, tasks)}.") from error
     except (ImportError, ValueError) as error:
         raise UserError(f"{settings.env} cannot be trained: {error}") from error
 
@@ -38,14 +45,19 @@ def vector_groups(env: GymnasiumVecEnv) -> list[str]:
     Raises:
         UserError: One of them is an image.
     """
-    obs = env.get_observations()
-    images = [name for name, values in obs.items() if values.dim() != 2]
-    if images:
+    if found := images(env):
         raise UserError(
-            f"the observation {images[0]!r} is an image, and this command trains MLPs; use rsl_rl's OnPolicyRunner with"
-            " a CNNModel and pyfast_ppo.gymnasium:GymnasiumVecEnv."
+            f"the observation {found[0]!r} is an image, and this command trains MLPs; use rsl_rl's OnPolicyRunner with"
+            " a CNNModel and pyfast_ppo.gymnasium:GymnasiumVecEnv, and put the image's channels first."
         )
-    return list(map(str, obs.keys()))
+    return list(map(str, env.get_observations().keys()))
+
+
+def images(env: GymnasiumVecEnv) -> list[str]:
+    """Names of the observation groups that are images, also of those that are handed out flat."""
+    groups = groups_of(env.get_observations())
+    flat = flat_images(env, groups)
+    return [name for name, values in groups.items() if values.dim() != 2 or name in flat]
 
 
 class _WarnOnce:

@@ -25,7 +25,7 @@ def make_run_dir(log_dir: str | None, env: str) -> Path:
     """Make the directory of a new run and see that it can be written to.
 
     Raises:
-        UserError: It cannot be written to, or it already holds a run.
+        UserError: It cannot be written to, or it already holds a run's checkpoints, or another program's file.
     """
     if log_dir is None:
         safe_name = re.sub(r"[^\w.-]", "_", env)
@@ -34,9 +34,12 @@ def make_run_dir(log_dir: str | None, env: str) -> Path:
             path = path.with_name(path.name + "_")
     else:
         path = Path(log_dir)
-    if (path / CONFIG).exists():
-        raise UserError(f"{path} already holds a run; continue it with --resume {path}, or choose another --log-dir.")
     make_directory(path, "--log-dir")
+    if checkpoints(path):
+        raise UserError(f"{path} already holds a run; continue it with --resume {path}, or choose another --log-dir.")
+    if (path / CONFIG).exists():
+        # Of a run that ended before it saved anything, it may be replaced; another program's file may not
+        read_settings(path)
     return path
 
 
@@ -83,7 +86,9 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"{path} does not exist; --resume needs a checkpoint or a run directory.")
     found = checkpoints(path)
     if not found:
-        raise UserError(f"{path} holds no checkpoint (model_<iteration>.pt); start the run anew.")
+        raise UserError(
+            f"{path} holds no checkpoint (model_<iteration>.pt); start the run anew, with --log-dir {path} if you like."
+        )
     return found[max(found)]
 
 
@@ -114,4 +119,6 @@ def read_settings(run_dir: Path) -> Settings:
             f"{path} is missing, so the task of the run is not known; resume a directory written by pyfast-ppo train."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as the settings of a run ({error}); start the run anew.") from error
+        raise UserError(
+            f"{path} cannot be read as the settings of a run ({error}); choose another directory."
+        ) from error

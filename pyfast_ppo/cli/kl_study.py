@@ -8,13 +8,16 @@ import io
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pyfast_ppo import kl_study as study
 from pyfast_ppo.cli.arguments import seed
 from pyfast_ppo.cli.console import Console
 from pyfast_ppo.cli.files import make_directory
 from pyfast_ppo.files import write_atomically
 from pyfast_ppo.pictures import GREY, STYLE
+
+if TYPE_CHECKING:
+    from pyfast_ppo import kl_study as study
 
 ESTIMATORS = "estimators.csv"
 RULES = "learning_rate.csv"
@@ -36,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: The directory cannot be written to.
     """
+    from pyfast_ppo import kl_study as study  # torch: only when it is used
+
     out = Path(args.out)
     make_directory(out, "--out")
     console = Console()
@@ -70,10 +75,12 @@ def _write_table(path: Path, rows: list[study.Finding] | list[study.RuleFinding]
 
 def _print_estimators(console: Console, findings: list[study.Finding]) -> None:
     """One line per estimator: its columns for each path."""
+    from pyfast_ppo.kl_study import PATHS
+
     console.say(f"At KL(old‖new) = {findings[0].drift:g} nats: biases relative to the exact value and gradient")
-    console.say(f"{'':<51}" + "".join(f"  {path:^31}" for path in study.PATHS))
+    console.say(f"{'':<51}" + "".join(f"  {path:^31}" for path in PATHS))
     columns = f"  {'value':>8}{'spread':>8}{'gradient':>10}{'cos':>5}"
-    console.say(f"{'estimator':<31}{'samples':<8}{'gradient of':<12}" + columns * len(study.PATHS))
+    console.say(f"{'estimator':<31}{'samples':<8}{'gradient of':<12}" + columns * len(PATHS))
     lines: dict[tuple[str, str, str], str] = {}
     for f in findings:
         key = (f.estimator, f.samples, f.gradient_of)
@@ -121,6 +128,8 @@ def draw(path: Path, findings: list[study.Finding]) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from pyfast_ppo import kl_study as study
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 9), layout="constrained")

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from pyfast_ppo import __version__
-from pyfast_ppo.cli import bench, doctor, kl_study, train
 from pyfast_ppo.cli.errors import UserError
 
 
@@ -20,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 the run failed, 2 a wrong argument, 130 stopped by a signal.
     """
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         return args.run(args)
     except UserError as error:
         print(f"pyfast-ppo: {error}", file=sys.stderr)
@@ -32,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Here, where Ctrl-C is one line; they import nothing heavy before they run
+    from pyfast_ppo.cli import bench, doctor, kl_study, train
+
     parser = argparse.ArgumentParser(prog="pyfast-ppo", description="PPO with a fused loss for rsl_rl.")
     parser.add_argument("--version", action="version", version=f"pyfast-ppo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

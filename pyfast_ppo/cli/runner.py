@@ -6,7 +6,8 @@ import contextlib
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ class TrainRunner(OnPolicyRunner):
             NonFiniteError: The environment has returned NaN, or an update met numbers that are not finite.
         """
         self._on_iteration = on_iteration
-        with _swallow_prints():
+        with _swallow_prints(), _quiet_log_writer():
             done = self.current_learning_iteration
             try:
                 self.learn(iterations - done, init_at_random_ep_len=random_first_lengths and done == 0)
@@ -114,7 +115,7 @@ class TrainRunner(OnPolicyRunner):
         """Export the deterministic policy as TorchScript and see that the file gives the policy's actions.
 
         It takes the observation groups side by side, ``[E, d]``, and returns actions, ``[E, A]``; clipped, if the
-        wrapper of a simulator clips them.
+        environment's wrapper clips them.
         """
         temporary = path.with_name(f".{path.name}.tmp")
         try:
@@ -133,9 +134,10 @@ class TrainRunner(OnPolicyRunner):
             temporary.unlink(missing_ok=True)
 
     def close_logs(self) -> None:
-        """Write out what TensorBoard still holds back."""
+        """Write out what TensorBoard still holds back. On a full disk that fails, as something has failed before."""
         if self.logger.writer is not None:
-            self.logger.writer.close()
+            with contextlib.suppress(OSError), _quiet_log_writer():
+                self.logger.writer.close()
 
     def _log(self, **values: object) -> None:
         self._stock_log(**values)
@@ -168,3 +170,20 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def _swallow_prints() -> contextlib.redirect_stdout:
     return contextlib.redirect_stdout(io.StringIO())
+
+
+@contextlib.contextmanager
+def _quiet_log_writer() -> Iterator[None]:
+    """No traceback from TensorBoard's thread on a full disk: it keeps the error, and raises it at the next write."""
+    show = threading.excepthook
+
+    def show_others(args: threading.ExceptHookArgs) -> None:
+        of_tensorboard = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_tensorboard and isinstance(args.exc_value, OSError)):
+            show(args)
+
+    threading.excepthook = show_others
+    try:
+        yield
+    finally:
+        threading.excepthook = show

@@ -8,7 +8,6 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from pyfast_ppo.cli.errors import UserError
-from pyfast_ppo.precision import multiply_in_tf32
 
 if TYPE_CHECKING:
     from rsl_rl.env import VecEnv
@@ -38,6 +37,8 @@ def make_simulated(task: str, num_envs: int, device: str, seed: int) -> tuple[Ve
         raise UserError(
             f"--task {task} needs Isaac Lab or mjlab, and neither is installed; --env takes Gymnasium's ids."
         )
+    from pyfast_ppo.precision import multiply_in_tf32  # torch
+
     _quieten_warp()
     multiply_in_tf32()
     reasons = []

@@ -13,7 +13,11 @@ from pyfast_ppo.cli.train_config import ALGORITHMS, Settings, default_iterations
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command. An absent flag is None: on ``--resume`` it means what the run had."""
     task = parser.add_mutually_exclusive_group()
-    task.add_argument("--env", metavar="ID", help=f"Gymnasium id of a continuous-action task ({Settings.env})")
+    task.add_argument(
+        "--env",
+        metavar="ID",
+        help=f"Gymnasium id of a continuous-action task, module:id where a module registers it ({Settings.env})",
+    )
     task.add_argument(
         "--task",
         metavar="NAME",

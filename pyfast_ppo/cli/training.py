@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import os
 import random
 import shlex
@@ -27,6 +28,9 @@ from pyfast_ppo.cli.train_config import Settings, default_iterations
 
 SIMULATED_ON_GPU, SIMULATED_ON_CPU = 4096, 64  # environments, where none are asked for
 
+_NOTHING_SAVED = "nothing was saved yet"
+_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 def train(args: argparse.Namespace) -> int:
     """Train as the arguments say. Returns 0, or 130 when a signal stopped the run."""
@@ -47,6 +51,8 @@ def train(args: argparse.Namespace) -> int:
         try:
             return _train(settings, task, run_dir, checkpoint, started)
         except OSError as error:
+            if not _is_of_writing(error, run_dir):
+                raise
             raise UserError(f"cannot write to {run_dir} ({error.strerror or error}).", exit_code=1) from error
 
 
@@ -81,7 +87,8 @@ def _train(settings: Settings, task: Task, run_dir: Path, checkpoint: Path | Non
             console.say(f"stopped within iteration {len(history.records) + 1}; {_how_to_go_on(run_dir)}")
             return 130
         except task.divergence as error:
-            raise UserError(f"training diverged; checkpoints from before are in {run_dir}: {error}", 1) from error
+            saved = f"checkpoints from before are in {run_dir}" if files.checkpoints(run_dir) else _NOTHING_SAVED
+            raise UserError(f"training has met numbers that are not finite; {saved}: {error}", 1) from error
         finally:
             runner.close_logs()
             draw_learning_curve(run_dir / files.PICTURE, settings, history.records, task.threshold)
@@ -208,9 +215,16 @@ def _check_device(name: str) -> None:
         raise UserError(f"the device {name!r} cannot be used ({reason}); try --device cpu.") from error
 
 
+def _is_of_writing(error: OSError, run_dir: Path) -> bool:
+    """Whether it comes from the run's files; an environment may miss files of its own."""
+    if error.filename is None:  # write() and fsync() do not know the name
+        return error.errno in _FULL_OR_READ_ONLY
+    return Path(str(error.filename)).absolute().is_relative_to(run_dir.absolute())
+
+
 def _how_to_go_on(run_dir: Path) -> str:
     if not files.checkpoints(run_dir):
-        return "nothing was saved yet"
+        return _NOTHING_SAVED
     return f"resume with: pyfast-ppo train --resume {shlex.quote(str(run_dir))}"
 
 

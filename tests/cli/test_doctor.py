@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 from dataclasses import dataclass
 from types import ModuleType
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +61,15 @@ def test_versions(run_command, monkeypatch):
     assert ["triton", "not installed"] in lines
 
 
+@pytest.mark.parametrize("flags", [[], ["--env", "InvertedPendulum-v5", "--num-envs", 1, "--steps", 4]])
+def test_reader_that_goes_away_is_no_error(run_command, monkeypatch, flags):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run_command("doctor", *flags).code == 0
+
+
 def test_cuda_devices_or_their_absence(run_command):
     names = [line.split()[0] for line in run_command("doctor").out.splitlines() if line.strip()]
     expected = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -82,6 +94,32 @@ def test_findings_are_printed_and_are_the_exit_code(run_command, monkeypatch):
     outcome = run_command("doctor", "--env", "InvertedPendulum-v5", "--num-envs", 2, "--steps", 8)
     assert outcome.code == 1
     assert outcome.out.startswith("time-outs-format: ")
+
+
+class Camera(gymnasium.Env):
+    """Its picture has the channels last, and is handed out flat."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (8, 9, 3), np.uint8)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+gymnasium.register("FastPPOCamera-v0", entry_point=Camera, max_episode_steps=5)
+
+
+def test_a_flat_image_is_found_and_is_not_trained(run_command):
+    outcome = run_command("doctor", "--env", "FastPPOCamera-v0", "--num-envs", 2, "--steps", 8)
+    assert outcome.code == 1
+    assert outcome.out.startswith("flat-image: ") and "(8, 9, 3)" in outcome.out
+    outcome = run_command("train", "--env", "FastPPOCamera-v0")
+    assert outcome.code == 2
+    assert "'policy' is an image" in outcome.err and "CNNModel" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,14 @@ def test_reader_that_goes_away_does_not_stop_the_run():
         console.say("nor this")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full disk")
+def test_full_disk_of_the_terminal_does_not_stop_the_run():
+    with open("/dev/full", "w") as stream:
+        console = Console(stream)
+        console.say("nobody can keep this")
+        console.say("nor this")
+
+
 @pytest.mark.parametrize(
     ("reward", "threshold", "text"),
     [

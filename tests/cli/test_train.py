@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -83,7 +86,7 @@ def test_exported_policy_is_the_actor_of_the_checkpoint(train, tmp_path):
     hidden = (obs - state["obs_normalizer._mean"]) / (state["obs_normalizer._std"] + 1e-2)
     for layer in (0, 2):
         hidden = torch.tanh(hidden @ state[f"mlp.{layer}.weight"].T + state[f"mlp.{layer}.bias"])
-    expected = hidden @ state["mlp.4.weight"].T + state["mlp.4.bias"]
+    expected = (hidden @ state["mlp.4.weight"].T + state["mlp.4.bias"]).clamp(-3.0, 3.0)  # the pendulum's bounds
     actions = torch.jit.load(tmp_path / "policy.pt")(obs)
     torch.testing.assert_close(actions.double(), expected, atol=1e-5, rtol=1e-4)
 
@@ -373,6 +376,64 @@ def test_directory_of_another_run_is_not_overwritten(train, tmp_path):
     assert_one_sentence(train("--log-dir", tmp_path), 2, "already holds a run", "--resume")
 
 
+def test_config_of_another_program_is_not_overwritten(train, tmp_path):
+    (tmp_path / "config.json").write_text('{"theirs": 1}')
+    assert_one_sentence(train("--log-dir", tmp_path), 2, "config.json cannot be read", "another directory")
+    assert (tmp_path / "config.json").read_text() == '{"theirs": 1}'
+
+
+def test_run_that_ended_before_it_saved_anything_may_begin_anew(train, tmp_path, monkeypatch):
+    def interrupted(runner, iterations, on_iteration, random_first_lengths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainRunner, "learn_until", interrupted)
+        assert train("--log-dir", tmp_path, "--seed", 3).code == 130
+    assert (tmp_path / "config.json").exists() and not list(tmp_path.glob("model_*"))
+    assert_one_sentence(train("--resume", tmp_path), 2, "holds no checkpoint", f"--log-dir {tmp_path}")
+    assert train("--log-dir", tmp_path, "--seed", 4).code == 0
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["seed"] == 4
+    assert len(history(tmp_path)) == 2
+
+
+OWN_TASK = """
+import gymnasium
+import numpy as np
+
+class Point(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gymnasium.spaces.Box(-0.01, 0.01, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.normal(size=2).astype(np.float32)
+        return self.place.copy(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.place += action
+        return self.place.copy(), -float(np.square(self.place).sum()), False, False, {}
+
+gymnasium.register("FastPPOPoint-v0", entry_point=Point, max_episode_steps=20)
+"""
+
+
+def test_task_of_a_module_in_the_present_folder(train, run_command, tmp_path, monkeypatch):
+    (tmp_path / "fast_ppo_own_task.py").write_text(OWN_TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    near = train("--env", "fast_ppo_own_task:FastPPOPiont-v0")
+    assert_one_sentence(near, 2, "near it: fast_ppo_own_task:FastPPOPoint-v0.")
+    assert train("--env", "fast_ppo_own_task:FastPPOPoint-v0", "--log-dir", "run").code == 0
+
+    strict = gymnasium.make("FastPPOPoint-v0").unwrapped
+    policy, (obs, _) = torch.jit.load("run/policy.pt"), strict.reset(seed=0)
+    with torch.inference_mode():
+        for _ in range(20):
+            obs, *_ = strict.step(policy(torch.from_numpy(obs)[None])[0].numpy())
+    assert run_command("doctor", "--env", "fast_ppo_own_task:FastPPOPoint-v0", "--steps", 4).code == 0
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
 def test_device_that_is_not_there_is_named(train, device):
     assert_one_sentence(train("--device", device), 2, repr(device), "--device cpu")
@@ -410,7 +471,7 @@ def test_a_reward_that_is_not_finite_ends_the_run_with_a_sentence(train, tmp_pat
 
     monkeypatch.setattr(GymnasiumVecEnv, "step", diverge_in_the_second_iteration)
     code = train("--log-dir", tmp_path, "--algorithm", algorithm)
-    assert_one_sentence(code, 1, "diverged", str(tmp_path), "reward")
+    assert_one_sentence(code, 1, "not finite", f"checkpoints from before are in {tmp_path}", "reward")
     assert len(history(tmp_path)) == 1
 
 
@@ -425,17 +486,64 @@ def test_divergence_ends_the_run_with_a_sentence(train, tmp_path, monkeypatch):
         return step(self, actions)
 
     monkeypatch.setattr(GymnasiumVecEnv, "step", diverge_in_the_second_iteration)
-    assert_one_sentence(train("--log-dir", tmp_path), 1, "diverged", str(tmp_path), "actions are NaN")
+    assert_one_sentence(train("--log-dir", tmp_path), 1, "not finite", str(tmp_path), "actions are NaN")
     assert (tmp_path / "model_0.pt").exists() and (tmp_path / "learning_curve.png").exists()
     assert len(history(tmp_path)) == 1
 
 
-def test_full_disk_ends_the_run_with_a_sentence(train, tmp_path, monkeypatch):
-    def full(self, path, infos=None):
-        raise OSError(28, "No space left on device")
+def test_an_infinite_observation_is_not_blamed_on_the_policy(train, tmp_path, monkeypatch):
+    to_tensordict = GymnasiumVecEnv._to_tensordict
 
+    def infinite(self, obs):
+        return to_tensordict(self, obs * np.inf)
+
+    monkeypatch.setattr(GymnasiumVecEnv, "_to_tensordict", infinite)
+    outcome = train("--log-dir", tmp_path)
+    assert_one_sentence(outcome, 1, "nothing was saved yet", "the observation 'policy' of environment 0")
+    assert "diverged" not in outcome.err and "checkpoints" not in outcome.err
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_ends_the_run_with_a_sentence(train, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainRunner, "save", full)
     assert_one_sentence(train("--log-dir", tmp_path), 1, str(tmp_path), "No space left on device")
+
+
+@pytest.mark.parametrize("method", ["write", "flush"])
+def test_full_disk_under_tensorboard_ends_the_run_with_a_sentence(train, tmp_path, monkeypatch, method):
+    """It writes in a thread of its own, and raises again where it is closed."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    run = TrainRunner.learn_until
+
+    def learn_until(self, *args):
+        monkeypatch.setattr(RecordWriter, method, full)
+        run(self, *args)
+
+    monkeypatch.setattr(TrainRunner, "learn_until", learn_until)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's, which prints nothing
+    outcome = train("--log-dir", tmp_path, "--iterations", 200)
+    assert_one_sentence(outcome, 1, f"cannot write to {tmp_path}", "No space left on device")
+
+
+def test_a_file_that_the_environment_misses_is_not_the_runs(train, tmp_path, monkeypatch):
+    def misses(self, actions):
+        return open(tmp_path / "terrain.png")
+
+    monkeypatch.setattr(GymnasiumVecEnv, "step", misses)
+    with pytest.raises(FileNotFoundError, match=r"terrain\.png"):
+        train("--log-dir", tmp_path / "run")
+
+
+def test_a_file_that_cannot_be_written_is_named(train, tmp_path, monkeypatch):
+    def refused(self, path, infos=None):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(TrainRunner, "save", refused)
+    assert_one_sentence(train("--log-dir", tmp_path), 1, f"cannot write to {tmp_path} (Permission denied)")
 
 
 def test_stock_rsl_rl_loads_the_checkpoint(train, tmp_path):
