@@ -138,6 +138,11 @@ def options(optimizer: Optimizer, *, rate: bool) -> tuple:
     )
 
 
+def own_functions(modules: Iterable[nn.Module]) -> tuple:
+    """What was put on these instances in the place of their classes' methods."""
+    return tuple((name, id(value)) for module in modules for name, value in vars(module).items() if callable(value))
+
+
 def modes(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
     """Which parts are in training mode."""
     return tuple(part.training for module in modules for part in module.modules())

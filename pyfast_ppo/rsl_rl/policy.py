@@ -98,15 +98,21 @@ def keeps_row(storage: RolloutStorage, std: Tensor) -> bool:
 
     A std that no row stands for needs all of [T, E, A]: then the storage gets that.
     """
-    means, kept = storage.distribution_params
+    _, kept = storage.distribution_params
     if not is_shared_row(kept):
         return False
     if not is_shared_row(std):
-        storage.distribution_params = (means, kept.contiguous())
+        keep_all_stds(storage)
         return False
     if std.data_ptr() != kept.data_ptr():
         first_row(kept).copy_(first_row(std))
     return True
+
+
+def keep_all_stds(storage: RolloutStorage) -> None:
+    """Gives the storage memory for [T, E, A] stds where it had one row, which it then has in each place."""
+    if storage.distribution_params is not None:
+        storage.distribution_params = tuple(params.contiguous() for params in storage.distribution_params)
 
 
 def first_row(t: Tensor) -> Tensor:

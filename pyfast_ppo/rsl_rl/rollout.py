@@ -15,11 +15,12 @@ from torch import Tensor
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
-from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, own_functions
 from pyfast_ppo.rsl_rl.mini_batches import own_methods
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
     SampleInstead,
+    keep_all_stds,
     keeps_row,
     normalizes,
     sample_without_waiting,
@@ -155,6 +156,8 @@ class FusedRollout(PPO):
             self._final_values = self._new_final_values()
         self._final_values.begin()
         self._follow_storage()
+        if self._own_methods:
+            keep_all_stds(self.storage)
         own = type(self).compute_returns is FusedRollout.compute_returns and "compute_returns" not in vars(self)
         # one of the user's own need not come to ours, which alone knows of final values
         self._uses_final_values = own or self._computed_returns
@@ -259,7 +262,8 @@ class FusedRollout(PPO):
         tensors += [*st.observations.values(), *st.distribution_params, *self._final_values.memory()]
         modules = [self.actor, self.critic]
         numbers = (self.gamma, self.lam, self.normalize_advantage_per_mini_batch)
-        return addresses(modules, tensors), modes(modules), numbers, matmul_precision()
+        own = own_functions([*modules, self._raw_actor, self._raw_critic, self._raw_actor.distribution])
+        return addresses(modules, tensors), modes(modules), own, numbers, matmul_precision()
 
     def _follow_storage(self) -> bool:
         """Notices what a user's storage does in its own way. Returns whether that has changed."""

@@ -10,6 +10,7 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,37 @@ def test_shared_parameters_stay_on_one_stream(
     run.alg.critic.mlp[0].bias = run.alg.actor.mlp[0].bias
     run.learn(4)
     assert [len(graph.streams) for graph in graphs] == [1] * len(graphs)
+
+
+def of_the_state(std: float) -> Callable[[Tensor], None]:
+    def update(distribution: object, mean: Tensor) -> None:
+        distribution._distribution = torch.distributions.Normal(mean, std * (1.0 + mean.square()))
+
+    return update
+
+
+def test_functions_that_are_replaced_on_one_policy(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    """A graph would go on with the old ones."""
+    runs = []
+    for captures in (False, True):
+        args = {"schedule": "adaptive", "backend": "eager", "cuda_graph": captures}
+        run = new_run(FUSED, args=args).learn(4)
+        distribution = run.alg.actor.distribution
+        distribution.update = partial(of_the_state(0.5), distribution)
+        runs.append(run.learn(4))
+    assert runs[1].alg._captured.reason is runs[1].alg._captured_rollout.reason is None
+    assert runs[1].alg._captured.num_records == 2
+    assert runs[1].distance(runs[0]) == 0.0
+
+
+def test_a_storage_that_stores_in_its_own_way_from_now_on(new_run: Callable) -> None:
+    run = new_run(FUSED).learn(1)
+    storage, stored = run.alg.storage, []
+    add = storage.add_transition
+    storage.add_transition = lambda transition: (stored.append(len(transition.distribution_params)), add(transition))
+    run.learn(1)
+    assert set(stored) == {2}
+    assert run.losses[-1]["first_kl"] < 1e-9
 
 
 def test_an_environment_may_write_into_the_actions(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
