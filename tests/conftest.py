@@ -10,6 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # before torch is loaded: its threads wait for each other at every operation, and so for whoever has their core
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import numpy as np
 import torch
 

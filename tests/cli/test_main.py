@@ -100,4 +100,5 @@ def test_names_of_the_package_are_found_when_they_are_asked_for(tmp_path):
 
 
 def test_each_name_of_the_package_can_be_found():
-    assert set(pyfast_ppo.__all__) == {*pyfast_ppo._MODULES, *pyfast_ppo._MODULE_OF, "__version__", "check_env"}
+    assert set(pyfast_ppo.__all__) == {"kl", "schedules", *pyfast_ppo._MODULE_OF, "__version__", "check_env"}
+    assert all(getattr(pyfast_ppo, name) is not None for name in (*pyfast_ppo.__all__, *pyfast_ppo._MODULES))
