@@ -176,7 +176,7 @@ def gaussian_loss(
     Args:
         actions: [N, A]; any leading dimensions. They count as given: no gradient.
         mean: [N, A].
-        std: [A] or [N, A], > 0.
+        std: [A] or [N, A], > 0. An expanded view as in ``ppo_loss``.
         old_log_prob: [N], no gradient.
         direction: As in ``loss``.
         sampled_from: As in ``loss``.
@@ -185,7 +185,7 @@ def gaussian_loss(
 
     Returns:
         [N], in nats, to be averaged and minimised. First derivatives only, of mean and std: a second one is refused,
-        but by the eager backend and under torch.compile, where it is wrong, as that of ``loss``.
+        but by the eager backend, under torch.compile and in torch.func, where it is wrong, as that of ``loss``.
 
     Raises:
         ValueError: An unknown name, or a form that has not this gradient.

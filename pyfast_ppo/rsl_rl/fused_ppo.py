@@ -120,14 +120,15 @@ class FusedPPO(FusedRollout):
                 ``extras["final_obs"]`` has it (groups [E, ...], as observations; only rows that are done are looked
                 at), and where it has not, or that value is not finite, from V(s_t), as PPO; rows that
                 ``extras["terminated"]`` (a tensor with an entry for each environment) names do not bootstrap at all.
-                The default, because it is right (Pardo et al. 2018), and the same as PPO with environments that
-                publish neither. "rsl_rl": V(s_t) in any case.
+                Other forms of the two are ignored, with a warning. A subclass with a ``compute_returns`` of its own has
+                final values once that has called this one's. The default, because it is right (Pardo et al. 2018), and
+                the same as PPO with environments that publish neither. "rsl_rl": V(s_t) in any case.
             nonfinite: What happens to a step whose gradients are NaN or infinite. "skip": it is not taken, decided on
                 the device; the adaptive learning rate goes down; ``loss_dict["nonfinite_steps"]`` counts; normalizers
                 keep finite statistics (not with rsl_rl 5.4, which updates them at each step of the environment); an
                 update in which no step could be taken raises
                 ``NonFiniteError``, which names what was not finite first. "raise": the error comes after any update
-                with such a step. "ignore": the step is taken, as in PPO.
+                with such a step. "ignore": the step is taken, as in PPO, whose runs end where the std is NaN.
             reshuffle: Draw new mini-batches in each epoch; PPO draws them once per update. Not for recurrent policies,
                 whose mini-batches are not drawn.
             global_advantage_statistics: With several processes, normalise advantages by the mean and std over all of
