@@ -20,7 +20,7 @@ from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, ppo_loss_and_grad
 from pyfast_ppo.ops.shared_row import is_shared_row
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import METRICS
-from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, options, own_functions
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, options
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import RULE_KL, Run
 from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, rows_of, works_row_by_row
@@ -396,8 +396,7 @@ class FusedPPO(FusedRollout):
             *(self.nonfinite, self.kl_direction, self.global_advantage_statistics),
             *(self.symmetry and self.symmetry.mirror_loss_coeff, getattr(self, "use_mixed_precision", False)),
         )
-        own = own_functions([*modules, self._raw_actor, self._raw_critic, self._raw_actor.distribution])
-        return addresses(modules, tensors), modes(modules), own, numbers, matmul_precision()
+        return addresses(modules, tensors), modes(modules), self._own_functions(), numbers, matmul_precision()
 
     def _raise_if_lost(self, loss_dict: dict[str, float], steps: int) -> None:
         """If none of the steps could be taken, or one could not and that is an error; and where the policy is lost."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.precision import matmul_precision
+from pyfast_ppo.reference import arithmetic_dtype
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, own_functions
 from pyfast_ppo.rsl_rl.mini_batches import own_methods
@@ -223,8 +224,8 @@ class FusedRollout(PPO):
         time_outs, final_values = self._final_values.collect(st.values)
         normalize = not self.normalize_advantage_per_mini_batch
         over_ranks = self.global_advantage_statistics and self._world_size > 1
-        in_place = all(t.is_contiguous() and t.dtype == torch.float32 for t in (st.advantages, st.returns))
-        in_place &= not any(t.dtype == torch.float64 for t in (st.rewards, st.values, last_values))
+        dtype = arithmetic_dtype(st.rewards, st.values, last_values)
+        in_place = all(t.is_contiguous() and t.dtype == dtype for t in (st.advantages, st.returns))
         advantages, returns = gae(
             st.rewards,
             st.values,
@@ -262,8 +263,11 @@ class FusedRollout(PPO):
         tensors += [*st.observations.values(), *st.distribution_params, *self._final_values.memory()]
         modules = [self.actor, self.critic]
         numbers = (self.gamma, self.lam, self.normalize_advantage_per_mini_batch)
-        own = own_functions([*modules, self._raw_actor, self._raw_critic, self._raw_actor.distribution])
-        return addresses(modules, tensors), modes(modules), own, numbers, matmul_precision()
+        return addresses(modules, tensors), modes(modules), self._own_functions(), numbers, matmul_precision()
+
+    def _own_functions(self) -> tuple:
+        """Of the policy and the critic: a graph would go on with those that it was made of."""
+        return own_functions([self._raw_actor, self._raw_actor.distribution, self._raw_critic])
 
     def _follow_storage(self) -> bool:
         """Notices what a user's storage does in its own way. Returns whether that has changed."""

@@ -118,15 +118,15 @@ def test_isaac_labs_train_command(isaaclab):
 def test_training_reaches_the_reward_of_the_stock(isaaclab):
     """The reward of a whole episode at the policy's present rate; 5 is the most there is.
 
-    Another processor rounds otherwise, and the runs part: on the way up by half a point, at the end by a tenth.
+    Another processor rounds otherwise, and the runs part: on the way up by half a point, at the end by some hundredths.
     """
-    arguments = ("--num-envs", 128, "--iterations", 80)
+    arguments = ("--num-envs", 128, "--iterations", 100)
     stock = isaaclab.run("train.py", "--algorithm", "PPO", "--wrapper", "stock", *arguments)
     ours = isaaclab.run("train.py", "--algorithm", "pyfast_ppo.rsl_rl:FusedPPO", "--wrapper", "ours", *arguments)
     assert (stock["algorithm"], ours["algorithm"]) == ("PPO", "FusedPPO")
     reached = [sum(result["rewards"][-5:]) / 5 for result in (stock, ours)]
     assert reached[0] > 4.6  # the stock does learn
-    assert reached[1] > reached[0] - 0.3
+    assert reached[1] > reached[0] - 0.15
     assert ours["rewards"][0] == pytest.approx(stock["rewards"][0], abs=1e-5)  # the same task
 
 
