@@ -63,7 +63,8 @@ def row_or_rows(
     ``own_gradients``: not where each of the rows is to have its gradient.
     """
     t = tensor_on(name, t, device)
-    if t.shape == shape[-1:]:
+    # the number of dimensions first: torch.export takes a comparison of [N, A] with [A] for a condition on N
+    if t.dim() == 1 and t.shape == shape[-1:]:
         return t
     if t.shape != shape:
         raise ValueError(f"{name} must have the shape [{shape[-1]}] or {list(shape)}, got {list(t.shape)}")

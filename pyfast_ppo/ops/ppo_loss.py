@@ -411,7 +411,8 @@ def _scalable(t: Tensor) -> Tensor:
 
 
 def _either(t: Tensor, first: torch.Size, second: torch.Size) -> torch.Size:
-    return first if isinstance(t, Tensor) and t.shape == first else second
+    """The one that ``t`` has, or the second; by the number of dimensions first, as in ``arguments.row_or_rows``."""
+    return first if isinstance(t, Tensor) and t.dim() == len(first) and t.shape == first else second
 
 
 def _refuse_transforms(*tensors: Tensor) -> None:

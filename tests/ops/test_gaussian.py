@@ -416,6 +416,27 @@ def test_compiled(backend: str, device: str, operation: Operation) -> None:
         torch.testing.assert_close(got, grad, rtol=1e-5, atol=1e-5)
 
 
+class Module(torch.nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+@pytest.mark.parametrize("std_per_row", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_any_number_of_rows(operation: Operation, std_per_row: bool, strict: bool) -> None:
+    """As many as there are actions, too: whether a std is a row [A] must not be seen by its first size."""
+    inputs, more = (
+        tuple(make_arguments(operation.names, (num_rows, 3), std_per_row=(std_per_row,) * 2)) for num_rows in (6, 3)
+    )
+    rows = torch.export.Dim("rows", min=2)
+    shapes = tuple({0: rows} if t.shape[0] == 6 else {} for t in inputs)
+    module = Module(operation.function)
+    exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=strict).module()
+    for changed in (inputs, more):
+        torch.testing.assert_close(exported(*changed), operation.function(*changed))
+
+
 def test_inference_tensors(backend: str, device: str, operation: Operation) -> None:
     """The rollout's means and stds, as rsl_rl keeps them, beside a new policy that has gradients."""
     arguments = make_arguments(operation.names, (20, 3), std_per_row=(True, True), device=device)
