@@ -11,9 +11,11 @@ import torch.nn as nn
 from rsl_rl.models import MLPModel
 from rsl_rl.modules import MLP, EmpiricalNormalization
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from pyfast_ppo.ops.hidden_layers import hidden_layers
+
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 @contextmanager
@@ -120,7 +122,6 @@ def _is_fusible(backend: ModuleType, layer: nn.Module, activation: nn.Module) ->
 
 def has_own_ways(module: nn.Module) -> bool:
     """Hooks that want to see what passes, or a forward of this one alone; ours are not there yet."""
-    if _has_any_global_hook():
+    if any(getattr(module, f"_{name}") or getattr(torch_module, f"_global_{name}") for name in _HOOKS):
         return True
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+    return "forward" in vars(module)
