@@ -21,6 +21,8 @@ from pyfast_ppo.rsl_rl.export import export_policy_to_jit
 from pyfast_ppo.vec_env import clip
 
 _KEYS = ("actor_state_dict", "critic_state_dict", "optimizer_state_dict", "iter")
+_STEP_COUNTER = "common_step_counter"
+"""Attribute of Isaac Lab's and mjlab's environments: the steps so far, by which their curricula go."""
 
 
 class TrainRunner(OnPolicyRunner):
@@ -58,7 +60,7 @@ class TrainRunner(OnPolicyRunner):
         Args:
             iterations: Iterations of the whole run, counting those before a resume.
             random_first_lengths: Environments begin at random times within an episode, so that they do not all end
-                together. Not of a run that goes on.
+                together.
             on_iteration: Called after each iteration with the keyword arguments of ``Logger.log``. May raise.
 
         Raises:
@@ -68,7 +70,7 @@ class TrainRunner(OnPolicyRunner):
         with _swallow_prints(), _quiet_log_writer():
             done = self.current_learning_iteration
             try:
-                self.learn(iterations - done, init_at_random_ep_len=random_first_lengths and done == 0)
+                self.learn(iterations - done, init_at_random_ep_len=random_first_lengths)
             except ValueError as error:
                 if "NaN values" in str(error):  # rsl_rl's check of what the environment returns
                     raise NonFiniteError(str(error)) from error
@@ -85,6 +87,9 @@ class TrainRunner(OnPolicyRunner):
             "recent_lengths": list(self.logger.lenbuffer),
             **(infos or {}),
         }
+        if hasattr(self.env.unwrapped, _STEP_COUNTER):
+            # in mjlab's form: its own runner goes on from here, too
+            checkpoint["infos"]["env_state"] = {_STEP_COUNTER: getattr(self.env.unwrapped, _STEP_COUNTER)}
         # Through memory: a full disk is then an OSError with a reason; torch's own writer hides it
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -110,25 +115,35 @@ class TrainRunner(OnPolicyRunner):
         self.logger.tot_time = infos.get("seconds", 0)
         self.logger.rewbuffer.extend(infos.get("recent_rewards", ()))
         self.logger.lenbuffer.extend(infos.get("recent_lengths", ()))
+        env_state = infos.get("env_state", {})
+        if _STEP_COUNTER in env_state and hasattr(self.env.unwrapped, _STEP_COUNTER):
+            setattr(self.env.unwrapped, _STEP_COUNTER, env_state[_STEP_COUNTER])
 
     def export_policy(self, path: Path) -> None:
         """Export the deterministic policy as TorchScript and see that the file gives the policy's actions.
 
-        It takes the observation groups side by side, ``[E, d]``, and returns actions, ``[E, A]``; clipped, if the
-        environment's wrapper clips them.
+        The file takes what rsl_rl's exports take: the observation groups side by side, ``[E, d]``, and for a CNN a
+        list of the images besides; of a recurrent policy the observations of one robot, ``[1, d]``, whose state it
+        keeps. It returns actions, ``[E, A]``; clipped, if the environment's wrapper clips them. The policy is on the
+        CPU afterwards.
         """
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             export_policy_to_jit(self, temporary.parent, temporary.name)
-            policy = self.get_inference_policy(self.device)
-            obs = self.env.get_observations().to(self.device)
+            policy = self.get_inference_policy("cpu")  # as the file: a GPU may multiply in TF32
+            obs = self.env.get_observations().to("cpu")
+            if policy.is_recurrent:
+                policy.reset()
+                obs = obs[:1]
+            flat = [obs[group] for group in policy.obs_groups] or [torch.zeros(len(obs), 0)]
+            images = [obs[group] for group in getattr(policy, "obs_groups_2d", ())]
+            inputs = (torch.cat(flat, dim=-1), *([images] if images else ()))
             with torch.inference_mode():
                 expected = policy(obs)
                 if getattr(self.env, "action_bounds", None) is not None:
-                    expected = clip(expected, self.env.action_bounds)
-                expected = expected.cpu()
-                inputs = torch.cat([obs[group] for group in policy.obs_groups], dim=-1).cpu()
-                torch.testing.assert_close(torch.jit.load(str(temporary))(inputs), expected)
+                    low, high = self.env.action_bounds
+                    expected = clip(expected, (low.cpu(), high.cpu()))
+                torch.testing.assert_close(torch.jit.load(str(temporary))(*inputs), expected)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

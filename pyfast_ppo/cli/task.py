@@ -41,7 +41,8 @@ def make_task(settings: Settings) -> Task:
         env, config = make_simulated(settings.env, settings.num_envs, settings.device, settings.seed)
         config["algorithm"]["class_name"] = ALGORITHMS[settings.algorithm]
         config["logger"] = "tensorboard"  # the command leaves its files in the run's directory, and only there
-        return Task(env, config, None, lambda seed: env.reset(), (NonFiniteError,), True)
+        random_first_lengths = config.get("init_at_random_ep_len", True)  # Isaac Lab's config says it
+        return Task(env, config, None, lambda seed: env.reset(), (NonFiniteError,), random_first_lengths)
     from pyfast_ppo.cli.environment import make_env, vector_groups
     from pyfast_ppo.gymnasium import NonFiniteActionError
 

@@ -100,7 +100,10 @@ def test_wrong_export_is_noticed(train, tmp_path, monkeypatch):
 
 class _ShiftedPolicy:
     def __init__(self, actor) -> None:
-        self.actor, self.obs_groups = actor, actor.obs_groups
+        self.actor = actor
+
+    def __getattr__(self, name):
+        return getattr(self.actor, name)
 
     def __call__(self, obs):
         return self.actor(obs) + 0.1
