@@ -21,6 +21,7 @@ from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 
 import pyfast_ppo
+from pyfast_ppo._check_env import attributes
 from pyfast_ppo.check_env import Finding, check_env
 from pyfast_ppo.cli.train_config import Settings, train_config
 from pyfast_ppo.gymnasium import GymnasiumVecEnv
@@ -406,6 +407,25 @@ def test_episode_length_buf_that_forgets():
         episode_length_buf = property(lambda self: self.env.episode_length_buf, lambda self, value: None)
 
     assert "does not keep" in only(Forgets()).reason
+
+
+def test_episode_length_buf_that_is_written_to_in_place():
+    """As in Isaac Lab's multi_agent_to_single_agent."""
+
+    class InPlace(Wrapper):
+        @property
+        def episode_length_buf(self):
+            return self.env.episode_length_buf
+
+        @episode_length_buf.setter
+        def episode_length_buf(self, value):
+            self.env.episode_length_buf[:] = value
+
+    env = InPlace()
+    env.episode_length_buf = torch.arange(E)
+    assert attributes.episode_length_buf(env) is None
+    assert env.episode_length_buf.tolist() == list(range(E))
+    assert names(InPlace(), config()) == []
 
 
 @pytest.mark.parametrize("counts", [torch.zeros(E), torch.zeros(E, 1, dtype=torch.long), [0] * E])
@@ -830,6 +850,7 @@ class FinalObs(Wrapper):
         obs, rewards, dones, extras = super().step(actions)
         if self.first is None:
             self.first = extras["final_obs"]
+        self.ended = dones > 0
         extras["final_obs"] = self.final(obs, extras["final_obs"])
         return obs, rewards, dones, extras
 
@@ -844,6 +865,8 @@ class FinalObs(Wrapper):
         (lambda self, obs, right: {"policy": right["policy"]}, "'privileged' is missing"),
         (lambda self, obs, right: {**right.to_dict(), "policy": right["policy"][:1]}, "'policy' is (1, 2)"),
         (lambda self, obs, right: right["policy"], "missing"),
+        (lambda self, obs, right: torch.cat([right[self.ended], right[~self.ended]]), "in the row of another"),
+        (lambda self, obs, right: right.roll(1, dims=0), "in the row of another"),
     ],
 )
 def test_wrong_final_observations(final, reason):
@@ -851,6 +874,17 @@ def test_wrong_final_observations(final, reason):
     env.final = final.__get__(env)
     finding = only(env, config())
     assert finding.name == "wrong-final-obs" and reason in finding.reason and "In Gymnasium" in finding.mend
+
+
+def test_final_observations_without_the_rows_that_go_on():
+    """Where all end at once they fit; so the steps in which some terminate are looked at, too."""
+
+    class OnlyEnded(FinalObs):
+        def final(self, obs, right):
+            return right[self.ended]
+
+    finding = only(OnlyEnded(), config(), steps=8)
+    assert finding.name == "wrong-final-obs" and "not (8, 2)" in finding.reason
 
 
 def test_final_observations_of_ended_episodes_alone_are_fine():

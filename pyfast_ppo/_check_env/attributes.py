@@ -65,10 +65,11 @@ def _fault_of_counts(env: VecEnv, counts: object) -> str | None:
     if not isinstance(counts, Tensor) or counts.shape != (env.num_envs,) or counts.is_floating_point():
         seen = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else repr(counts)
         return f"is {seen}, not an integer tensor [E]."
+    before = counts.clone()  # a setter may write into the tensor that the environment has handed out
     try:
-        env.episode_length_buf = counts + 1
-        is_set = bool((env.episode_length_buf == counts + 1).all())
-        env.episode_length_buf = counts
+        env.episode_length_buf = before + 1
+        is_set = bool((env.episode_length_buf == before + 1).all())
+        env.episode_length_buf = before
     except Exception as error:
         return f"cannot be set ({error}), which init_at_random_ep_len=True does."
     if is_set:

@@ -53,10 +53,11 @@ def gaussian_actions(env: VecEnv) -> Tensor:
     return torch.randn(env.num_envs, env.num_actions, device=env.device)
 
 
-def move_to_limit(env: VecEnv) -> None:
-    """All episodes have one step left."""
+def move_to_limit(env: VecEnv, rows: Tensor) -> None:
+    """The episodes of these environments, bool ``[E]``, have one step left."""
     counts = env.episode_length_buf
-    env.episode_length_buf = (torch.zeros_like(counts) + env.max_episode_length - 1).to(counts.dtype)
+    last = (torch.zeros_like(counts) + env.max_episode_length - 1).to(counts.dtype)
+    env.episode_length_buf = torch.where(rows, last, counts)
 
 
 @contextlib.contextmanager

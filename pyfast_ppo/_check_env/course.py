@@ -29,7 +29,10 @@ from pyfast_ppo._check_env.last_action import LastActionWatch
 from pyfast_ppo._check_env.step import Step
 
 _MOVE_LIMIT_EVERY = 4
-"""In the second half of the steps, every so many: often enough that time-outs meet terminations."""
+"""In the second half of the steps, every so many: often enough that time-outs meet terminations.
+
+By turns in all environments, and in every second one, so that rows of final observations can be told apart.
+"""
 
 _STEP_CHECKS: tuple[Callable[[Step], Finding | None], ...] = (
     overwritten.observations_overwritten,
@@ -125,9 +128,11 @@ def _roll_out(env: VecEnv, cfg: dict | None, steps: int, last_action: LastAction
     terminations = []  # how many in each step of the first half, where the limit is not moved
     for index in range(steps):
         since_half = index - steps // 2
-        limit_moved = can_move_limit and since_half >= 0 and since_half % _MOVE_LIMIT_EVERY == 0
-        if limit_moved:
-            calls.move_to_limit(env)
+        limit_moved = torch.zeros(env.num_envs, dtype=torch.bool, device=env.device)
+        move, rest = divmod(since_half, _MOVE_LIMIT_EVERY)
+        if can_move_limit and move >= 0 and rest == 0:
+            limit_moved = torch.arange(env.num_envs, device=env.device) % 2 >= move % 2  # all, or every second one
+            calls.move_to_limit(env, limit_moved)
         actions = calls.gaussian_actions(env)
         given = actions.clone()
         result = calls.call(env, "step", given)

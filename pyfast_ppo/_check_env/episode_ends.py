@@ -43,16 +43,20 @@ class LimitWatch:
         self._age: Tensor | int = 0  # [E], steps of the running episodes; until the limit is moved for the first time
         self._ends_at_limit = 0
         self._is_marked = False
-        self._dones_at_moves: list[Tensor] = []  # bool [E] each
-        self._other_dones: list[Tensor] = []
+        self._moves = 0
+        self._dones_at_moves: list[Tensor] = []  # bool, of the environments whose limit was moved
+        self._other_dones: list[Tensor] = []  # bool, of the others
 
     def see(self, step: Step) -> None:
-        (self._dones_at_moves if step.limit_moved else self._other_dones).append(step.dones)
-        if not self._dones_at_moves:
+        self._dones_at_moves.append(step.dones[step.limit_moved])
+        self._other_dones.append(step.dones[~step.limit_moved])
+        is_at_move = bool(step.limit_moved.any())
+        self._moves += is_at_move
+        if not self._moves:
             self._age = self._age + 1
             self._ends_at_limit += int((step.dones & (self._age >= self._limit)).sum())
             self._age = torch.where(step.dones, 0, self._age)
-        if step.limit_moved or not self._dones_at_moves:
+        if is_at_move or not self._moves:
             self._is_marked |= bool(step.time_outs.any())
 
     def finding(self) -> Finding | None:
@@ -67,11 +71,11 @@ class LimitWatch:
         )
 
     def _moves_end_episodes(self) -> bool:
-        if len(self._dones_at_moves) < 2:
+        if self._moves < 2:
             return False
-        at_moves, others = torch.stack(self._dones_at_moves), torch.stack(self._other_dones)
+        at_moves, others = torch.cat(self._dones_at_moves), torch.cat(self._other_dones)
         # A few ends that come with a move may be chance
-        return at_moves.numel() >= 8 and bool(at_moves.all()) and float(others.double().mean()) < 0.25
+        return at_moves.numel() >= 6 and bool(at_moves.all()) and float(others.double().mean()) < 0.25
 
 
 def time_outs_at_terminations(step: Step) -> Finding | None:
@@ -83,7 +87,7 @@ def time_outs_at_termination_of(env: VecEnv, index: int) -> Finding | None:
     begin(env)
     for _ in range(index):
         call(env, "step", gaussian_actions(env))
-    move_to_limit(env)
+    move_to_limit(env, torch.ones(env.num_envs, dtype=torch.bool, device=env.device))
     _, _, _, extras = call(env, "step", gaussian_actions(env))
     return _at_terminations(time_outs(env, extras) & terminated(env, extras))
 

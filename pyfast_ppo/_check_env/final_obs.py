@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,7 @@ class FinalObsWatch:
         self._is_other: dict[tuple[str, str], bool] = {}  # group, which other observation: always the same so far
         self._still: set[str] = set()  # groups that once stayed as they were in a running episode
         self._ran = False
+        self._misplaced = 0  # rows of running episodes that are another environment's
         self.non_finite: Finding | None = None
 
     def see(self, step: Step) -> None:
@@ -59,9 +61,14 @@ class FinalObsWatch:
             return
         self.non_finite = self.non_finite or _non_finite(step)
         final = copied(final_obs)
+        self._misfit = self._misfit or _misfit(step, final)
+        if self._misfit is not None:
+            return
         ended = step.time_outs if "time_outs" in step.extras else step.dones
         if ended.any():
             self._compare(step, final, ended)
+        if step.dones.any():  # in other steps it may be an old one, which nobody looks at
+            self._misplaced += _misplaced(step, final)
         self._previous = final
 
     def finding(self) -> Finding | None:
@@ -78,17 +85,13 @@ class FinalObsWatch:
 
     def _compare(self, step: Step, final: Groups, ended: Tensor) -> None:
         for name, obs in step.obs.items():
-            if name not in final or final[name].shape != obs.shape:
-                seen = tuple(final[name].shape) if name in final else "missing"
-                self._misfit = f"{name!r} is {seen}, not {tuple(obs.shape)}"
-                return
             others = {
                 "the first observation of the next episode": obs,
                 "the observation before the last step": step.before[name],
                 "that of an earlier step": self._previous.get(name),
             }
             for which, other in others.items():
-                if other is not None and other.shape == obs.shape:
+                if other is not None:
                     is_other = bool((same_rows(final[name], other) | ~ended).all())
                     self._is_other[name, which] = self._is_other.get((name, which), True) and is_other
 
@@ -99,4 +102,29 @@ class FinalObsWatch:
             # A group that also stays the same while an episode runs (a command) says nothing
             if is_other and self._ran and name not in self._still:
                 return f"[{name!r}] is {which}: a time-out then takes its value from the wrong state."
+        if self._misplaced > 1:  # one may be chance
+            return " has the observations of one environment in the row of another."
         return None
+
+
+def _misfit(step: Step, final: Groups) -> str | None:
+    for name, obs in step.obs.items():
+        if name not in final or final[name].shape != obs.shape:
+            seen = tuple(final[name].shape) if name in final else "missing"
+            return f"{name!r} is {seen}, not {tuple(obs.shape)}"
+    return None
+
+
+def _misplaced(step: Step, final: Groups) -> int:
+    """How many running episodes have a row that is not what was returned there, but what was for another one."""
+    running = ~step.dones
+    is_own = torch.stack([same_rows(final[name], obs) for name, obs in step.obs.items()]).all(dim=0)
+    returned = {row.tobytes() for row in _rows(step.obs, running)}
+    strange = _rows({name: final[name] for name in step.obs}, running & ~is_own)
+    return sum(row.tobytes() in returned for row in strange)
+
+
+def _rows(groups: Groups, which: Tensor) -> np.ndarray:
+    """All groups side by side."""
+    parts = [values[which].unsqueeze(-1).flatten(1).double() for values in groups.values()]
+    return torch.cat(parts, dim=1).cpu().numpy()

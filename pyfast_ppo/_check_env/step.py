@@ -28,5 +28,5 @@ class Step:
     time_outs: Tensor  # bool [E]
     terminated: Tensor  # bool [E]
     extras: dict
-    limit_moved: bool
-    """Whether all episodes had one step left."""
+    limit_moved: Tensor
+    """bool ``[E]``: whose episodes had been given one step left."""
