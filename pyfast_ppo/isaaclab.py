@@ -56,7 +56,8 @@ class RslRlVecEnvWrapper(StockWrapper):
     - ``clip_actions`` may be asymmetric and different for each joint. It never goes beyond the declared action space,
       and the action space is the intersection of both. Only the executed action is clipped: the algorithm keeps the
       one whose log-probability it knows. ``action_bounds`` is what an exported policy must clip to.
-    - The observation space has all groups that the environment returns; direct environments declare the policy's only.
+    - The wrapper's observation space has all groups that the environment returns; direct environments declare the
+      policy's only.
     - ``extras["time_outs"]`` leaves out environments that terminated in the same step; ``extras["terminated"]`` says
       which they are. Both bool ``[E]``.
     - ``extras["final_obs"]``: all observation groups ``[E, ...]`` as they were before the reset, with their history,
@@ -74,6 +75,9 @@ class RslRlVecEnvWrapper(StockWrapper):
 
     action_bounds: Bounds | None
     """Lowest and highest action that is executed, float32 ``[A]`` each; None without a clip."""
+
+    single_observation_space: Any
+    """Space of one environment's observations: a Dict with the returned groups."""
 
     def __init__(
         self,
@@ -102,12 +106,15 @@ class RslRlVecEnvWrapper(StockWrapper):
             obs = super().get_observations()
         if obs_groups is not None:
             check_obs_groups(obs_groups, obs)
-        self._correct_observation_space(obs)
+        # the environment keeps its own, by which it may go when it observes
+        self.single_observation_space = single_observation_space(obs, self.unwrapped.single_observation_space)
 
-    @property
-    def single_observation_space(self) -> Any:
-        """Space of one environment's observations: a Dict with the returned groups."""
-        return self.unwrapped.single_observation_space
+    @functools.cached_property
+    def observation_space(self) -> Any:
+        """Space of all environments' observations: a Dict with the returned groups, each ``[E, ...]``."""
+        from gymnasium.vector.utils import batch_space
+
+        return batch_space(self.single_observation_space, self.num_envs)  # of images: large
 
     def reset(self) -> tuple[TensorDict, dict]:
         """Reset all environments."""
@@ -163,16 +170,6 @@ class RslRlVecEnvWrapper(StockWrapper):
         if self.action_bounds is not None:
             env.single_action_space = clipped_action_space(env.single_action_space, self.action_bounds)
             env.action_space = batch_space(env.single_action_space, self.num_envs)
-
-    def _correct_observation_space(self, obs: TensorDict) -> None:
-        from gymnasium.spaces import Dict
-        from gymnasium.vector.utils import batch_space
-
-        env = self.unwrapped
-        single = single_observation_space(obs, env.single_observation_space)
-        if single != env.single_observation_space or not isinstance(env.observation_space, Dict):
-            env.single_observation_space = single
-            env.observation_space = batch_space(single, self.num_envs)  # of images: large
 
     def _own_observations(self, obs: Mapping[str, Any]) -> TensorDict:
         """As a TensorDict that later steps do not write to."""

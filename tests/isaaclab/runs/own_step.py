@@ -75,6 +75,21 @@ class Drifting(DirectRLEnv):
     def _get_dones(self) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
+class OfTerms(Drifting):
+    """The policy's group is a dict, and so is the space that is declared for all environments: the policy's alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        terms = gymnasium.spaces.Dict(place=gymnasium.spaces.Box(-1.0, 1.0, (3,)))
+        self.single_observation_space = gymnasium.spaces.Dict(policy=terms)
+        self.observation_space = gymnasium.vector.utils.batch_space(terms, self.num_envs)
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        super().reset()
+        self.obs_buf = {"policy": {"place": self.position}}
+        return self.obs_buf, self.extras
+
+
 class Pair(DirectMARLEnv):
     """Two agents that drift; each one's extras are a dict that stays, as Isaac Lab has it."""
 
@@ -204,6 +219,8 @@ def main() -> None:
     space = wrapped.observation_space
     result["observation_space"] = {name: s.shape for name, s in space.items()} == {"policy": (8, 3), "critic": (8, 3)}
     result["declared_bounds_kept"] = float(wrapped.single_observation_space["policy"].high.max()) == 1.0
+    result["declared_space_left_alone"] = list(wrapped.unwrapped.single_observation_space) == ["policy"]
+    result["dict_of_the_policy"] = list(Ours(OfTerms()).observation_space) == ["policy"]
     result["contains"] = space["critic"].contains(wrapped.get_observations()["critic"].numpy())
 
     base = Drifting()

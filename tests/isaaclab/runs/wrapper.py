@@ -171,7 +171,7 @@ class Waits(TorchDispatchMode):
 
 @dataclass
 class Rollout:
-    """What a wrapper returned, and its environment's spaces, before it was closed."""
+    """What a wrapper returned, and the spaces, before it was closed."""
 
     obs: list[dict[str, torch.Tensor]] = field(default_factory=list)
     rewards: list[torch.Tensor] = field(default_factory=list)
@@ -194,8 +194,8 @@ def roll(
     env = wrap(make_env(workflow, NUM_ENVS, configure=configure, env_class=env_class))
     base = env.unwrapped
     rollout = Rollout()
-    rollout.observation_space, rollout.action_space = base.observation_space, base.action_space
-    rollout.single_observation_space = base.single_observation_space
+    rollout.observation_space, rollout.action_space = env.observation_space, base.action_space
+    rollout.single_observation_space = getattr(env, "single_observation_space", None)  # Isaac Lab's has none
     torch.manual_seed(7)
     env.episode_length_buf = torch.arange(NUM_ENVS) * 2  # so that the resets come in different steps
     with torch.inference_mode():
