@@ -1,4 +1,7 @@
-"""Rules that set the learning rate from the KL of the update: device tensors in, device tensors out, no host sync."""
+"""Rules that set the learning rate from the KL of the update: device tensors in, device tensors out, no host sync.
+
+What they return carries no gradient: a state that is fed back in each update would keep the graphs of all before.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +23,39 @@ class RslRlSchedule:
     factor = 1.5
 
     def __init__(self, desired_kl: float, min_rate: float = 1e-5, max_rate: float = 1e-2) -> None:
-        """``desired_kl`` in nats.
+        """The rule for a target.
+
+        Args:
+            desired_kl: In nats.
+            min_rate: A rate that is lowered is this at least.
+            max_rate: A rate that is raised is this at most.
 
         Raises:
-            ValueError: ``desired_kl`` is negative.
+            ValueError: ``desired_kl`` is negative; ``min_rate`` is above ``max_rate``.
         """
         if not desired_kl >= 0.0:
             raise ValueError(f"desired_kl must not be negative, got {desired_kl}")
+        _check_range(min_rate=min_rate, max_rate=max_rate)
         self.desired_kl = desired_kl
         self.min_rate = min_rate
         self.max_rate = max_rate
 
     def update(self, kl: Tensor, lr: Tensor, step_taken: bool | Tensor = True) -> Tensor:
-        """The rate for the next step.
+        """The rate for the next step. 0-dim, of the dtype of ``lr``.
 
         Args:
             kl: Mean KL(old‖new) of this mini-batch, in nats. 0-dim.
             lr: The present rate. 0-dim float64, on the same device.
             step_taken: Whether the policy has moved since the rollout; a tensor is read on its device.
+
+        Raises:
+            TypeError: ``kl`` or ``lr`` is no tensor.
         """
         if isinstance(step_taken, Tensor):
             return torch.where(step_taken, self.following(kl, lr), self.following(kl, lr, rise_above=torch.inf))
         return self.following(kl, lr, rise_above=-torch.inf if step_taken else torch.inf)
 
+    @torch.no_grad()
     def following(
         self,
         kl: Tensor,
@@ -99,31 +112,44 @@ class ProportionalSchedule:
     """A learning rate that moves with the square root of desired_kl / kl, once per update.
 
     The KL of a small step grows with the square of its length, so this is the factor that would have met the target,
-    within ``factor`` either way. It is decided after an update, from the KL of its last epoch: not rsl_rl's behaviour
-    at the same ``desired_kl``. A KL that is not finite lowers the rate by ``factor``.
+    within ``factor`` either way, and within [min_rate, max_rate]. It is decided after an update, from the KL of its
+    last epoch: not rsl_rl's behaviour at the same ``desired_kl``. If that is not finite, the rate goes down by
+    ``factor``.
     """
 
     def __init__(self, desired_kl: float, min_rate: float = 1e-5, max_rate: float = 1e-2, factor: float = 1.5) -> None:
-        """``desired_kl`` in nats.
+        """The rule for a target.
+
+        Args:
+            desired_kl: In nats.
+            min_rate: The lowest rate.
+            max_rate: The highest rate.
+            factor: The most that a rate is multiplied or divided by at once.
 
         Raises:
-            ValueError: ``desired_kl`` is not positive, or ``factor`` not greater than 1.
+            ValueError: ``desired_kl`` is not positive; ``factor`` is not greater than 1; ``min_rate`` is above
+                ``max_rate``.
         """
         if not desired_kl > 0.0:
             raise ValueError(f"desired_kl must be positive, got {desired_kl}")
         if not factor > 1.0:
             raise ValueError(f"factor must be greater than 1, got {factor}")
+        _check_range(min_rate=min_rate, max_rate=max_rate)
         self.desired_kl = desired_kl
         self.min_rate = min_rate
         self.max_rate = max_rate
         self.factor = factor
 
+    @torch.no_grad()
     def update(self, kl: Tensor, lr: Tensor) -> Tensor:
-        """The rate for the next update.
+        """The rate for the next update. 0-dim, of the dtype of ``lr``.
 
         Args:
             kl: Mean KL(old‖new) over the last epoch of the update, in nats. 0-dim.
             lr: The present rate. 0-dim float64, on the same device.
+
+        Raises:
+            TypeError: One of them is no tensor.
         """
         _check_tensors(kl=kl, lr=lr)
         change = torch.sqrt(self.desired_kl / kl.clamp(min=0.0).to(lr.dtype)).clamp(1.0 / self.factor, self.factor)
@@ -154,6 +180,9 @@ class EarlyStop:
         Args:
             kl: Mean KL of this mini-batch, before its step, in nats. 0-dim.
             stopped: What the call before has returned; None at the first mini-batch of an update.
+
+        Raises:
+            TypeError: ``kl`` is no tensor.
         """
         _check_tensors(kl=kl)
         beyond = ~((kl <= self.limit) & torch.isfinite(kl))
@@ -169,29 +198,47 @@ class AdaptivePenalty:
     """
 
     def __init__(self, desired_kl: float, min_coef: float = 1e-6, max_coef: float = 1e6) -> None:
-        """``desired_kl`` in nats.
+        """The rule for a target.
+
+        Args:
+            desired_kl: In nats.
+            min_coef: The lowest coefficient.
+            max_coef: The highest coefficient.
 
         Raises:
-            ValueError: ``desired_kl`` is not positive.
+            ValueError: ``desired_kl`` is not positive; ``min_coef`` is above ``max_coef``.
         """
         if not desired_kl > 0.0:
             raise ValueError(f"desired_kl must be positive, got {desired_kl}")
+        _check_range(min_coef=min_coef, max_coef=max_coef)
         self.desired_kl = desired_kl
         self.min_coef = min_coef
         self.max_coef = max_coef
 
+    @torch.no_grad()
     def update(self, kl: Tensor, coef: Tensor) -> Tensor:
         """The coefficient for the next update: pass it to ``ppo_loss`` as ``kl_coef``, where it is read on its device.
+
+        0-dim, of the dtype of ``coef``.
 
         Args:
             kl: Mean KL over the update, in nats. 0-dim.
             coef: The present coefficient. 0-dim, on the same device.
+
+        Raises:
+            TypeError: One of them is no tensor.
         """
         _check_tensors(kl=kl, coef=coef)
         doubled = (kl > 1.5 * self.desired_kl) | ~torch.isfinite(kl)
         halved = kl < self.desired_kl / 1.5
         following = torch.where(doubled, 2.0 * coef, torch.where(halved, 0.5 * coef, coef))
         return torch.clamp(following, self.min_coef, self.max_coef)
+
+
+def _check_range(**ends: float) -> None:
+    (lowest, low), (highest, high) = ends.items()
+    if not low <= high:
+        raise ValueError(f"{lowest} must not be above {highest}, got {low} and {high}")
 
 
 def _check_tensors(**arguments: Tensor) -> None:

@@ -95,6 +95,24 @@ def test_adaptive_penalty_can_always_recover() -> None:
     assert coef.item() == 10.0
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "rule",
+    [RslRlSchedule(DESIRED), RslRlScheduleBefore5(DESIRED), ProportionalSchedule(DESIRED), AdaptivePenalty(DESIRED)],
+)
+def test_no_graph_is_kept(rule: object, compiled: bool) -> None:
+    """A state that is fed back would hang on the graphs of all updates before."""
+    update = rule.update
+    if compiled:
+        torch.compiler.reset()
+        update = torch.compile(update, fullgraph=True, backend="aot_eager")
+    for needs in ((True, False), (False, True), (True, True)):
+        kl, state = (number(x).requires_grad_(need) for x, need in zip((0.02, 1e-3), needs, strict=True))
+        got = update(kl, state)
+        assert not got.requires_grad
+        assert torch.equal(got, rule.update(kl.detach(), state.detach()))
+
+
 @pytest.mark.parametrize("rule", [ProportionalSchedule(DESIRED), AdaptivePenalty(DESIRED)])
 def test_no_rule_reads_a_number_on_the_host(rule: object) -> None:
     """On a GPU that would wait for it, and could not be captured."""
@@ -136,3 +154,8 @@ def test_wrong_arguments_are_named() -> None:
         ProportionalSchedule(DESIRED, factor=1.0)
     with pytest.raises(ValueError, match=r"^desired_kl must be positive, got nan"):
         AdaptivePenalty(float("nan"))
+    for rule in (RslRlSchedule, RslRlScheduleBefore5, ProportionalSchedule):
+        with pytest.raises(ValueError, match=r"^min_rate must not be above max_rate, got 0.01 and 0.001"):
+            rule(DESIRED, 1e-2, 1e-3)
+    with pytest.raises(ValueError, match=r"^min_coef must not be above max_coef, got 2.0 and 1.0"):
+        AdaptivePenalty(DESIRED, 2.0, 1.0)
