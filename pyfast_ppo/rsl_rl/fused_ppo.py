@@ -29,7 +29,7 @@ from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, first_nonfinite, statist
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate, fitting_option
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
-    SampleInstead,
+    Instead,
     detach_last_forward,
     first_row,
     law_not_gaussian,
@@ -183,7 +183,7 @@ class FusedPPO(FusedRollout):
             self._fall_back(reason)
             return
         reason = self._fuse_rollout(cuda_graph)
-        self._without_sampling = SampleInstead(self._raw_actor, mean_of)
+        self._without_sampling = Instead(self._raw_actor, sample=mean_of)
         self._controlled: tuple = ()
         self._num_controls = 0
         self._rates: list[DeviceRate] = []  # of the optimizers

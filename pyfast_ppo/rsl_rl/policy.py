@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,6 +15,7 @@ from rsl_rl.storage import RolloutStorage
 from torch import Tensor
 from torch.distributions import Normal
 
+from pyfast_ppo.ops.gaussian import gaussian_log_prob
 from pyfast_ppo.ops.shared_row import is_shared_row
 from pyfast_ppo.versions import release
 
@@ -130,27 +130,37 @@ def sample_without_waiting(distribution: GaussianDistribution) -> Tensor:
         return torch.randn_like(mean).mul_(std).add_(mean)
 
 
+def log_prob_at_once(distribution: GaussianDistribution, outputs: Tensor, *, backend: str | None) -> Tensor:
+    """``distribution.log_prob`` in one launch, where torch needs ten. ``backend``: as in FusedPPO."""
+    own = type(distribution).log_prob
+    if own is not GaussianDistribution.log_prob or law_not_gaussian(distribution):
+        return own(distribution, outputs)
+    return gaussian_log_prob(outputs, distribution.mean, distribution.std, backend=backend)
+
+
 def mean_of(distribution: Distribution) -> Tensor:
     """In place of a sample: no random number is drawn."""
     return distribution.mean
 
 
-class SampleInstead:
-    """Lets a policy's forward pass run with another way to draw actions, or without drawing any."""
+class Instead:
+    """Lets a policy's forward pass run with other ways of its distribution, as to draw actions, than those of the
+    class."""
 
-    def __init__(self, actor: MLPModel, instead: Callable[[Any], Tensor]) -> None:
-        """``instead``: a function of a module, so that this can be copied and pickled with its distribution."""
+    def __init__(self, actor: MLPModel, **methods: Callable[..., Tensor]) -> None:
+        """``methods``: by the names of what they replace; functions of a module, or such with arguments bound, so that
+        this can be copied and pickled with its distribution."""
         self._actor = actor
-        self._instead = instead
+        self._methods = methods
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         distribution = self._actor.distribution  # the user may have put in another one
-        if "sample" in vars(distribution):  # the user's own
-            yield
-            return
-        distribution.sample = partial(self._instead, distribution)  # hides the method of the class
+        mine = {name: method for name, method in self._methods.items() if name not in vars(distribution)}
+        for name, method in mine.items():
+            setattr(distribution, name, partial(method, distribution))  # hides the method of the class
         try:
             yield
         finally:
-            del distribution.sample
+            for name in mine:
+                delattr(distribution, name)

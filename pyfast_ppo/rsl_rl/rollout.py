@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, own_functions
 from pyfast_ppo.rsl_rl.mini_batches import own_methods
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
-    SampleInstead,
+    Instead,
     keep_all_stds,
     keeps_row,
+    log_prob_at_once,
     normalizes,
     sample_without_waiting,
     store_std_once,
@@ -58,7 +60,7 @@ class FusedRollout(PPO):
         self._computed_returns = False  # since the rollout began, by this class
         self._uses_final_values = True
         self._own_methods: list[str] = []  # of the storage
-        self._sampling: Callable[[], AbstractContextManager] = nullcontext
+        self._acting: Callable[[], AbstractContextManager] = nullcontext
         self._is_gaussian = False
         self._captured_rollout: Captured[None] | None = None
         self._rollout_key: tuple = ()
@@ -67,7 +69,8 @@ class FusedRollout(PPO):
     def _fuse_rollout(self, cuda_graph: bool) -> str | None:
         """What can be done for a diagonal Gaussian policy only. Returns why it cannot be a CUDA graph, if it cannot."""
         self._is_gaussian = True
-        self._sampling = SampleInstead(self._raw_actor, sample_without_waiting)
+        log_prob = partial(log_prob_at_once, backend=self.backend)
+        self._acting = Instead(self._raw_actor, sample=sample_without_waiting, log_prob=log_prob)
         if not cuda_graph:
             return None
         reason = self._reason_rollout_not_captured()
@@ -112,7 +115,7 @@ class FusedRollout(PPO):
 
     def _act(self, obs: TensorDict) -> Tensor:
         compiled = self.actor is not self._raw_actor  # then the compiler makes of the sampling what it can
-        with nullcontext() if compiled else self._sampling(), self._critic_beside_actor():
+        with nullcontext() if compiled else self._acting(), self._critic_beside_actor():
             return super().act(obs)
 
     def _critic_beside_actor(self) -> AbstractContextManager[None]:

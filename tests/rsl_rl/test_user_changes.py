@@ -270,7 +270,7 @@ def test_a_copy_acts_with_its_own_policy(new_run: Callable) -> None:
 
 def test_what_decides_how_actions_are_drawn_can_be_pickled(new_run: Callable) -> None:
     alg = new_run(FUSED).alg
-    for name in ("_sampling", "_without_sampling"):
+    for name in ("_acting", "_without_sampling"):
         pickle.loads(pickle.dumps(getattr(alg, name)))
 
 
