@@ -10,17 +10,20 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import random
 import shutil
 import sys
 import tempfile
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gymnasium import ObservationWrapper
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
@@ -46,6 +49,7 @@ except ImportError as error:
 
 # Where Isaac Lab has its histories, delays, noise with a bias, filters, and stacks of frames
 _STATEFUL_MODULES = tuple(f"isaaclab.utils.{name}" for name in ("buffers", "noise", "modifiers", "images"))
+_DICTS, _LISTS = (dict, OrderedDict, defaultdict), (list, deque)
 
 
 class RslRlVecEnvWrapper(StockWrapper):
@@ -66,11 +70,11 @@ class RslRlVecEnvWrapper(StockWrapper):
     - ``extras`` is a new dict in each step, and none of its flags is written to again.
 
     The final observations cost one more computation of the observations in steps with a reset. It leaves no trace in
-    what Isaac Lab's managers keep, in the attributes of the environment (tensors, containers of them, Isaac Lab's
-    buffers), or in torch's random numbers. State that a direct environment's ``_get_observations`` keeps elsewhere,
-    such as a network that it trains, is out of reach: such an environment needs ``final_obs=False``. An environment
-    that brings its own ``step`` has final observations only if it puts them into its extras, as with
-    ``cfg.compute_final_obs = True``.
+    what Isaac Lab's managers keep, in the attributes of the environment and of Gymnasium wrappers around it (tensors,
+    arrays, generators, containers of them, Isaac Lab's buffers), or in the random numbers of torch, NumPy and Python.
+    State that a direct environment's ``_get_observations`` keeps elsewhere, such as a network that it trains, is out of
+    reach: such an environment needs ``final_obs=False``. An environment that brings its own ``step`` has final
+    observations only if it puts them into its extras, as with ``cfg.compute_final_obs = True``.
     """
 
     action_bounds: Bounds | None
@@ -101,9 +105,9 @@ class RslRlVecEnvWrapper(StockWrapper):
             TypeError: The action space is not a float Box, or an argument has the wrong type.
         """
         super().__init__(env, clip_actions)
-        self._final_obs = _FinalObservations(self.unwrapped) if final_obs else None
-        with _undisturbed(self.unwrapped):  # Isaac Lab 2 computes observations here
-            obs = super().get_observations()
+        self._final_obs = _FinalObservations(self.env) if final_obs else None
+        with _undisturbed(self.env, _RandomStream(self.unwrapped)):  # Isaac Lab 2 computes observations here
+            obs = self.get_observations()
         if obs_groups is not None:
             check_obs_groups(obs_groups, obs)
         # the environment keeps its own, by which it may go when it observes
@@ -124,7 +128,8 @@ class RslRlVecEnvWrapper(StockWrapper):
 
     def get_observations(self) -> TensorDict:
         """Return the present observations, groups ``[E, ...]``."""
-        return super().get_observations().clone()
+        obs = super().get_observations().clone().to_dict()  # as the environment has them, inside of all wrappers
+        return TensorDict(_transformed(self.env, obs), batch_size=[self.num_envs])
 
     def step(self, actions: Tensor) -> tuple[TensorDict, Tensor, Tensor, dict]:
         """Step all environments.
@@ -144,7 +149,7 @@ class RslRlVecEnvWrapper(StockWrapper):
         if self._final_obs is None:
             result, final = self.env.step(executed), None
         else:
-            result, final = self._final_obs.step(self.env, executed)
+            result, final = self._final_obs.step(executed)
 
         raw_obs, rewards, terminated, truncated, raw_extras = result
         obs = self._own_observations(raw_obs)
@@ -152,7 +157,8 @@ class RslRlVecEnvWrapper(StockWrapper):
         extras = _copied(raw_extras)
         published = extras.pop("final_obs", None)
         if self._final_obs is not None:
-            final = published if final is None else final
+            if final is None and published is not None:
+                final = _transformed(self.env, published)
             if final is not None:
                 final = TensorDict(final, batch_size=[self.num_envs])
                 extras["final_obs"] = final.where(done, obs)
@@ -198,21 +204,23 @@ class _FinalObservations:
     waits for the device.
     """
 
-    def __init__(self, env: Any) -> None:
+    def __init__(self, wrapped: Any) -> None:
+        """``wrapped``: the environment, with the Gymnasium wrappers around it."""
         from isaaclab.envs import DirectRLEnv, ManagerBasedRLEnv
 
-        self.env = env
-        self.random = _RandomStream(env)
+        env = wrapped.unwrapped
+        self.wrapped, self.env = wrapped, env
+        self.stream = _RandomStream(env)
         # the experimental environments on Warp call their _reset_idx with a mask, and inside of a CUDA graph
         self.has_reset_idx = isinstance(env, DirectRLEnv | ManagerBasedRLEnv)
         if isinstance(env, DirectRLEnv) and _overrides(env, DirectRLEnv, "_reset_envs_from_buffer"):
             # may reset without _reset_idx, unless it has to capture final observations, too
             env.cfg.compute_final_obs = True
 
-    def step(self, wrapped: Any, actions: Tensor) -> tuple[tuple, dict | None]:
-        """Step ``wrapped``; returns its results, and the observations of the terminal frame if there was a reset."""
+    def step(self, actions: Tensor) -> tuple[tuple, dict | None]:
+        """Step; returns the results, and the observations of the terminal frame if there was a reset."""
         if not self.has_reset_idx:
-            return wrapped.step(actions), None
+            return self.wrapped.step(actions), None
         final: dict | None = None
         reset_idx = self.env._reset_idx
 
@@ -223,26 +231,28 @@ class _FinalObservations:
             return reset_idx(*args, **kwargs)
 
         with _attribute(self.env, "_reset_idx", capture_then_reset):
-            result = wrapped.step(actions)
+            result = self.wrapped.step(actions)
         return result, final
 
     def _observe(self) -> dict:
         """The present observations, as the step would return them."""
         env = self.env
-        if _is_manager_based(env):
-            # Isaac Lab's own final observations lack the last frame of histories and delays
-            with _undisturbed(env, self.random):
-                return env.observation_manager.compute(update_history=True)
-        published = getattr(env, "extras", {}).get("final_obs")
-        if published is None:
-            with _undisturbed(env, self.random):
-                published = _observe_directly(env)
-        # a copy: the reset may write into a buffer that they share
-        return _map_tensors(Tensor.clone, published)
+        with _undisturbed(self.wrapped, self.stream):
+            if _is_manager_based(env):
+                # Isaac Lab's own final observations lack the last frame of histories and delays
+                obs = env.observation_manager.compute(update_history=True)
+            else:
+                published = getattr(env, "extras", {}).get("final_obs")
+                obs = _observe_directly(env) if published is None else published
+            # a copy: the reset may write into a buffer that they share
+            return _map_tensors(Tensor.clone, _transformed(self.wrapped, obs))
 
 
 class _RandomStream:
-    """Numbers of their own for torch's default generators, so that those of the simulation are left alone."""
+    """Numbers of their own for torch's default generators, so that those of the simulation are left alone.
+
+    Those of NumPy and Python, which few environments draw from, are drawn a second time.
+    """
 
     def __init__(self, env: Any) -> None:
         device = torch.device(env.device)
@@ -257,6 +267,7 @@ class _RandomStream:
     def active(self) -> Iterator[None]:
         """Inside, the default generators draw from here. The states are on the host, on a GPU, too."""
         before = [default.get_state() for default, _ in self._streams]
+        of_numpy, of_python = np.random.get_state(), random.getstate()
         for default, own in self._streams:
             default.set_state(own.get_state())
         try:
@@ -265,22 +276,25 @@ class _RandomStream:
             for (default, own), state in zip(self._streams, before, strict=True):
                 own.set_state(default.get_state())
                 default.set_state(state)
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)
 
 
 @contextmanager
-def _undisturbed(env: Any, random: _RandomStream | None = None) -> Iterator[None]:
-    """Inside, observations can be computed; afterwards the environment is as before.
+def _undisturbed(wrapped: Any, stream: _RandomStream) -> Iterator[None]:
+    """Inside, observations can be computed; afterwards the environment and its Gymnasium wrappers are as before.
 
     Objects with state get copies of their tensors for the time being. The tensors themselves are not touched, so that
     whoever else holds one of them sees no change.
     """
-    random = random or _RandomStream(env)
-    before = [(owner, dict(vars(owner))) for owner in _owners_of_state(env)]
-    copy_state = _StateCopier(env.num_envs, [owner for owner, _ in before])
+    env = wrapped.unwrapped
+    owners = [*_wrappers_of(wrapped), *_owners_of_state(env)]
+    before = [(owner, dict(vars(owner))) for owner in owners]
+    copy_state = _StateCopier(env.num_envs, owners)
     try:
         for owner, attributes in before:
             vars(owner).update({name: copy_state(value) for name, value in attributes.items()})
-        with random.active():
+        with stream.active():
             yield
     finally:
         for owner, attributes in before:
@@ -300,9 +314,9 @@ def _owners_of_state(env: Any) -> list[Any]:
 
 
 class _StateCopier:
-    """Copies tensors, containers of them, and Isaac Lab's buffers; leaves anything else as it is.
+    """Copies tensors, arrays, generators of random numbers, containers of all these, and Isaac Lab's buffers.
 
-    What is the same object in two places is so in the copies.
+    It leaves anything else as it is. What is the same object in two places is so in the copies.
     """
 
     def __init__(self, num_envs: int, owners: list[Any]) -> None:
@@ -315,19 +329,28 @@ class _StateCopier:
         kind: Any = type(value)
         if isinstance(value, Tensor):
             twin: Any = value.clone() if is_state(value, self.num_envs) else value
+        elif kind is np.ndarray:
+            twin = value.copy() if is_state(value, self.num_envs) else value
         elif isinstance(value, TensorDictBase):
             twin = value.clone()
+        elif kind is torch.Generator:
+            twin = torch.Generator(value.device)
+            twin.set_state(value.get_state())
+        elif kind in (np.random.Generator, np.random.RandomState):
+            twin = copy.deepcopy(value)
         elif kind is tuple:
             twin = tuple(map(self, value))
-        elif kind in (dict, list, deque) or _keeps_state(kind):
+        elif isinstance(value, tuple) and hasattr(kind, "_make"):  # a named one
+            twin = kind._make(map(self, value))
+        elif kind in _DICTS or kind in _LISTS or _keeps_state(kind):
             twin = copy.copy(value)
         else:
             return value
         self._copies[id(value)] = twin
         # filled once it is known, for it may contain itself
-        if kind is dict:
+        if kind in _DICTS:
             twin.update({key: self(item) for key, item in value.items()})
-        elif kind in (list, deque):
+        elif kind in _LISTS:
             twin.clear()
             twin.extend(map(self, value))
         elif _keeps_state(kind):
@@ -342,6 +365,23 @@ def _keeps_state(cls: type) -> bool:
     return not dataclasses.is_dataclass(cls) and any(
         base.__module__.startswith(_STATEFUL_MODULES) for base in cls.__mro__
     )
+
+
+def _wrappers_of(wrapped: Any) -> list[Any]:
+    """The Gymnasium wrappers around an environment, the outermost first."""
+    wrappers = []
+    while wrapped is not wrapped.unwrapped:
+        wrappers.append(wrapped)
+        wrapped = wrapped.env
+    return wrappers
+
+
+def _transformed(wrapped: Any, obs: Any) -> Any:
+    """What observation wrappers of Gymnasium make of the environment's observations."""
+    for wrapper in reversed(_wrappers_of(wrapped)):
+        if isinstance(wrapper, ObservationWrapper):
+            obs = wrapper.observation(obs)
+    return obs
 
 
 def _observe_directly(env: Any) -> dict:

@@ -7,6 +7,7 @@ space is built: mjlab has spaces of its own.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeGuard
 
@@ -234,12 +235,12 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
 _LARGEST_STATE = 2**20
 
 
-def is_state(value: Tensor, num_envs: int) -> bool:
-    """Whether a tensor may change from step to step.
+def is_state(value: Tensor | np.ndarray, num_envs: int) -> bool:
+    """Whether a tensor or array may change from step to step.
 
     One of more elements, and without a dimension of size E, is data: a motion library, a terrain.
     """
-    return value.numel() <= _LARGEST_STATE or num_envs in value.shape
+    return math.prod(value.shape) <= _LARGEST_STATE or num_envs in value.shape
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,11 @@ def test_final_observations_are_there_after_resets_and_never_stale(rollouts):
     assert result["final_obs_off"]
 
 
+def test_observation_wrappers_see_final_observations_too(rollouts):
+    _, result = rollouts
+    assert result["observation_wrapper"]
+
+
 def test_no_waits_are_added(rollouts):
     _, result = rollouts
     stock, ours = result["waits"]

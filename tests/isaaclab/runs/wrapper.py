@@ -7,12 +7,14 @@ reached. Up to an environment's first reset it is in the same state, and where t
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import gymnasium
+import numpy as np
 import torch
 from cartpole import actions_of, make_env, report
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,8 +28,25 @@ NEVER = 10**6
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
+class Frames(NamedTuple):
+    """Sums of frames, ``[E, 4]``."""
+
+    tensor: torch.Tensor
+    arrays: OrderedDict[str, np.ndarray]
+
+
+class Raised(gymnasium.ObservationWrapper):
+    """All observations, by 1000."""
+
+    def observation(self, observation: dict) -> dict:
+        return {
+            name: self.observation(value) if isinstance(value, dict) else value + 1000.0
+            for name, value in observation.items()
+        }
+
+
 def history_cartpole() -> type:
-    """A direct task with a critic group, whose ``_get_observations`` advances histories, a counter and a filter."""
+    """A direct task with a critic group, whose ``_get_observations`` advances all kinds of state."""
     from isaaclab.utils.buffers import CircularBuffer
     from isaaclab_tasks.core.cartpole.cartpole_direct_env import CartpoleEnv
 
@@ -38,6 +57,10 @@ def history_cartpole() -> type:
             self.circular = CircularBuffer(3, self.num_envs, "cpu")
             self.filtered = torch.zeros(self.num_envs, 4)
             self.kept = {"frames": [torch.zeros(self.num_envs, 4)]}
+            self.named = Frames(
+                torch.zeros(self.num_envs, 4), OrderedDict(sums=np.zeros((self.num_envs, 4), np.float32))
+            )
+            self.numpy_generator, self.generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
             self.num_calls = 0
 
         def _get_observations(self) -> dict[str, torch.Tensor]:
@@ -48,6 +71,8 @@ def history_cartpole() -> type:
             self.circular.append(frame)
             self.filtered = 0.5 * self.filtered + frame
             self.kept["frames"][0] += frame
+            self.named.tensor.add_(frame)
+            self.named.arrays["sums"] += frame.numpy()
             self.extras["num_calls"] = self.num_calls
             calls = torch.full((self.num_envs, 1), float(self.num_calls))
             critic = [
@@ -55,6 +80,11 @@ def history_cartpole() -> type:
                 self.circular.buffer.flatten(1),
                 self.filtered,
                 *self.kept["frames"],
+                self.named.tensor,
+                torch.from_numpy(self.named.arrays["sums"].copy()),
+                torch.rand(self.num_envs, 1, generator=self.generator),
+                torch.from_numpy(self.numpy_generator.random((self.num_envs, 1), np.float32)),
+                torch.from_numpy(np.random.random((self.num_envs, 1)).astype(np.float32)),
                 calls,
             ]
             return {"policy": frame, "critic": torch.cat(critic, -1)}
@@ -174,6 +204,7 @@ class Rollout:
     """What a wrapper returned, and the spaces, before it was closed."""
 
     obs: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    first: dict[str, torch.Tensor] = field(default_factory=dict)
     rewards: list[torch.Tensor] = field(default_factory=list)
     dones: list[torch.Tensor] = field(default_factory=list)
     extras: list[dict] = field(default_factory=list)
@@ -196,7 +227,9 @@ def roll(
     rollout = Rollout()
     rollout.observation_space, rollout.action_space = env.observation_space, base.action_space
     rollout.single_observation_space = getattr(env, "single_observation_space", None)  # Isaac Lab's has none
+    rollout.first = env.get_observations().to_dict()
     torch.manual_seed(7)
+    np.random.seed(7)
     env.episode_length_buf = torch.arange(NUM_ENVS) * 2  # so that the resets come in different steps
     with torch.inference_mode():
         for step in range(NUM_STEPS):
@@ -314,9 +347,11 @@ def main() -> None:
 
             cfg.action_space = gymnasium.spaces.Box(-0.1, 0.2, (1,))
 
-    last = roll(lambda env: Ours(env, clip_actions=(-0.25, 0.15)), workflow, ends_soon, finite)
+    last = roll(lambda env: Ours(Raised(env), clip_actions=(-0.25, 0.15)), workflow, ends_soon, finite)
     result["finite_horizon"] = not any("time_outs" in extras for extras in last.extras)
     result["has_final_with_isaaclabs"] = ["final_obs" in e for e in last.extras] == [bool(d.any()) for d in last.dones]
+    final = [extras["final_obs"]["policy"] for extras in last.extras if "final_obs" in extras]
+    result["observation_wrapper"] = bool((torch.cat([*final, last.first["policy"]]) > 500.0).all())
     result["action_space"] = [float(last.action_space.low.min()), float(last.action_space.high.max())]
     if last.executed:
         executed = torch.stack(last.executed)
