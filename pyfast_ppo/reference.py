@@ -59,13 +59,18 @@ def expm1_minus(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.5, 0.5 * x * x * (1.0 + series), torch.expm1(x) - x)
 
 
+def is_positive_normal(std: Tensor) -> Tensor:
+    """Neither zero, negative, subnormal, infinite nor NaN: what a standard deviation has to be."""
+    limits = torch.finfo(std.dtype)
+    return (std >= limits.tiny) & (std <= limits.max)
+
+
 def std_or_nan(std: Tensor) -> Tensor:
     """``std``, with NaN where it is not a positive normal number: the fault then shows in every gradient, too.
 
     By a product: the gradient of a selection would be 0 there.
     """
-    limits = torch.finfo(std.dtype)
-    return std * torch.where((std >= limits.tiny) & (std <= limits.max), 1.0, math.nan).to(std.dtype)
+    return std * torch.where(is_positive_normal(std), 1.0, math.nan).to(std.dtype)
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -230,7 +235,7 @@ def ppo_loss(
         fine = torch.isfinite(log_ratio)
         for rollout in (values, advantages, returns, old_values):
             fine = fine & torch.isfinite(rollout)
-        old_fine = (torch.isfinite(old_mean) & torch.isfinite(old_std) & (old_std > 0)).all(-1)
+        old_fine = (torch.isfinite(old_mean) & is_positive_normal(old_std)).all(-1)
         nonfinite = (~fine).sum() + (fine[:num_original] & ~old_fine).sum()
 
     # nor does it reach the loss then; that of a faulty row does, so that it shows

@@ -103,7 +103,7 @@ def ratio_terms(p, q, inv_q):
     difference = m1 * m1 * log1p_remainder(m1)  # m1 - log(1 + m1)
     expm1 = e * (2.0 + e)
     phi = (tl.where(near, e * e, expm1 - 2.0 * m1) + 2.0 * difference) - exponent * 1.38629436
-    valid = is_positive_normal(ratio)
+    valid = is_positive_normal(tl.where(p < ratio, p, ratio))
     return tl.where(valid, expm1, float("nan")), tl.where(valid, phi, float("nan"))
 
 

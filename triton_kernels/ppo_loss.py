@@ -16,6 +16,7 @@ from .math import (
     MAX_LOG_RATIO,
     exp_terms,
     is_finite,
+    is_positive_normal,
     k3,
     kl_terms,
     log_or_nan,
@@ -234,7 +235,7 @@ def ppo_loss_kernel(
             ratio_expm1, ratio_phi = ratio_terms(old_std, std, inv_std)
             kl, kl_d_old_mean, _, kl_d_log_std = kl_terms(old_mean, mean, inv_std, ratio_expm1, ratio_phi)
             kl_d_mean = -kl_d_old_mean
-        not_finite = (old_mean - old_mean) + (old_std - old_std) + tl.where(old_std > 0.0, 0.0, float("nan"))
+        not_finite = (old_mean - old_mean) + tl.where(is_positive_normal(old_std), 0.0, float("nan"))
         row_not_finite = tl.sum(tl.where(kl_mask, not_finite, 0.0), 1)
 
         # --- the losses: one row each

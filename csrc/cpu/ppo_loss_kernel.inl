@@ -309,7 +309,7 @@ struct PpoLossKernel {
     if (!kStdPerRow) add_columns(s.column_sums, call.tile_rows, A, partial + kNumMetrics + 1);
   }
 
-  // Rows of this tile with an input or a log-ratio that is not finite, or a std that is not positive.
+  // Rows of this tile with an input or a log-ratio that is not finite, or a std that is not a positive normal number.
   static int64_t count_nonfinite(const PpoLossArgs& args, int64_t row, int64_t rows, int64_t rows_kl,
                                  const T* log_ratio, const T* advantages, const T* values, const T* old_values,
                                  const T* returns) {
@@ -328,7 +328,7 @@ struct PpoLossKernel {
           old_std.data = element(old_std, (row + r) * old_std.row_stride + j * old_std.col_stride);
           const T m = *read_rows(old_mean, 0, 1, 1, one_mean);
           const T q = *read_rows(old_std, 0, 1, 1, one_std);
-          finite = finite && is_finite(m) && is_finite(q) && q > T(0);
+          finite = finite && is_finite(m) && is_positive_normal(q);
         }
       }
       count += finite ? 0 : 1;

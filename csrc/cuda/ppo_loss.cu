@@ -212,11 +212,6 @@ struct StdPair {
 };
 
 template <class T>
-__device__ __forceinline__ bool is_std(T x) {
-  return is_finite(x) && x > T(0);
-}
-
-template <class T>
 struct NewKl {
   T value, d_mean, d_log_std;  // with respect to the new policy
 
@@ -299,7 +294,7 @@ __device__ __forceinline__ void note_faults(const T (&old_mean)[kPerThread], con
   bool at_fault[kPerThread], any = false;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) {
-    at_fault[e] = !is_finite(old_mean[e]) || (kStd != Std::kShared && !is_std(old_std[e]));
+    at_fault[e] = !is_finite(old_mean[e]) || (kStd != Std::kShared && !is_positive_normal(old_std[e]));
     any = any || at_fault[e];
   }
   if (!any) return;
@@ -318,7 +313,7 @@ __device__ __forceinline__ void read_row_of_std(const PpoLossArgs& args, Shared<
   if constexpr (kStd != Std::kPerRow) {
     for (int j = lane; j < A; j += kWarp) {
       sum_log_std += log_or_nan(read<T>(args.std, 0, j));
-      if (kStd == Std::kShared && !is_std(read<T>(args.old_std, 0, j))) faults += T(1);
+      if (kStd == Std::kShared && !is_positive_normal(read<T>(args.old_std, 0, j))) faults += T(1);
     }
     sum_log_std = warp_sum(sum_log_std);
     faults = warp_sum(faults);
@@ -634,7 +629,7 @@ __global__ void __launch_bounds__(kThreads, 1) ppo_loss_wide_kernel(const __grid
     const auto kl_of = [&](int j, T std, bool* fault) {
       const T old_mean = read<T>(args.old_mean, source, j), old_std = read<T>(args.old_std, source, j);
       const StdPair<T> stds(std, old_std, reciprocal_or_nan(std), new_old);
-      *fault = !is_std(old_std) || !is_finite(old_mean);
+      *fault = !is_positive_normal(old_std) || !is_finite(old_mean);
       return NewKl<T>(read<T>(args.mean, row, j), old_mean, stds, new_old);
     };
     const auto z_of = [&](int j, T inv_std) {

@@ -138,8 +138,8 @@ PYFAST_PPO_INLINE double log_or_nan(double x) {
 // The terms of a ratio p / q of two standard deviations, d = log(p / q):
 //   expm1 = e^{2d} - 1 and phi = e^{2d} - 1 - 2d, both with a small relative error however close p and q are,
 // because e = (p - q) / q is exact to rounding there (Sterbenz) and phi = e^2 + 2 (e - log(1 + e)), where the
-// difference is a series in e that starts with e^2 / 2: nothing cancels. inv_q is reciprocal_or_nan(q). NaN where q or
-// p / q is not a positive normal number.
+// difference is a series in e that starts with e^2 / 2: nothing cancels. inv_q is reciprocal_or_nan(q). NaN where p or
+// q is not a positive normal number; in float also where p / q is below one: its logarithm would cost all others time.
 template <class T>
 struct RatioTerms {
   T expm1;
@@ -156,18 +156,21 @@ PYFAST_PPO_INLINE RatioTerms<float> ratio_terms(float p, float q, float inv_q) {
   const float expm1 = e * (2.0f + e);
   const float phi = ((near ? e * e : expm1 - 2.0f * m1) + 2.0f * difference) - b.exponent * 1.38629436f;
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  return {is_positive_normal(ratio) ? expm1 : nan, is_positive_normal(ratio) ? phi : nan};
+  const bool valid = is_positive_normal(p < ratio ? p : ratio);  // both; a ratio may overflow, as the KL does
+  return {valid ? expm1 : nan, valid ? phi : nan};
 }
 
 PYFAST_PPO_INLINE RatioTerms<double> ratio_terms(double p, double q, double inv_q) {
-  const double ratio = p * inv_q;
-  if (!is_positive_normal(ratio)) {
+  if (!is_positive_normal(p)) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     return {nan, nan};
   }
   const double e = (p - q) * inv_q;
   const double expm1 = e * (2.0 + e);
-  if (std::fabs(e) > 0.4) return {expm1, expm1 - 2.0 * std::log(ratio)};
+  if (std::fabs(e) > 0.4) {
+    const double ratio = p * inv_q;
+    return {expm1, expm1 - 2.0 * (is_positive_normal(ratio) ? std::log(ratio) : std::log(p) - std::log(q))};
+  }
   const double s = e / (2.0 + e);  // log(1 + e) = 2 atanh(s) and e - 2 s = e s
   const double s2 = s * s;
   double series = 0.0;  // 1/3 + s^2/5 + s^4/7 + ...; |s| <= 1/4: 14 terms reach 1e-17

@@ -175,6 +175,23 @@ def test_ratio_with_what_is_no_std(probe: Probe, dtype: type, bad: float) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_ratio_at_the_ends_of_the_numbers(probe: Probe, dtype: type) -> None:
+    """A subnormal std is none, whatever it is divided by. Of two that are, the ratio may leave the normal numbers."""
+    info = np.finfo(dtype)
+    subnormal, small, large = info.tiny / 2, info.tiny * 4, info.max / 4
+    expm1, phi = probe("ratio", np.array([subnormal] * 3, dtype), np.array([small, 1.0, subnormal], dtype))
+    assert np.isnan([expm1, phi]).all()
+    expm1, phi = probe("ratio", np.array([large], dtype), np.array([small], dtype))
+    assert (np.array([expm1, phi]) == np.inf).all()
+    expm1, phi = probe("ratio", np.array([small], dtype), np.array([large], dtype))
+    if dtype == np.float32:
+        assert np.isnan([expm1, phi]).all()
+    else:
+        assert expm1 == -1.0
+        assert phi[0] == pytest.approx(-1.0 - 2.0 * (np.log(small) - np.log(large)), rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_kl(probe: Probe, dtype: type) -> None:
     """KL(p‖q) and its derivatives with respect to mean_p, log std_p, log std_q."""
     p, q = pairs_of_stds(dtype)

@@ -73,6 +73,25 @@ def test_subnormal_std(backend: str, device: str, per_row: bool) -> None:
     assert torch.isnan(out.loss)
 
 
+@pytest.mark.parametrize("std", [1.0, 1e-3])  # the ratio of the stds is subnormal, or not
+@pytest.mark.parametrize("direction", ["old_new", "new_old"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_subnormal_old_std(backend: str, device: str, per_row: bool, direction: str, std: float) -> None:
+    """As one of the new policy; in float64 it is a normal number."""
+    inputs = make_inputs(6, 3, old_std_per_row=per_row, device=device)
+    inputs["std"] = torch.full_like(inputs["std"], std)
+    inputs["old_std"].view(-1, 3)[-1, 2] = 1e-40
+    options = {"kl_coef": 1e-9, "kl_direction": direction}
+    out, _ = ppo_loss_and_grad(**inputs, **options, backend=backend)
+    assert float(out.nonfinite) == (1.0 if per_row else 6.0)
+    assert torch.isnan(out.kl)
+    assert torch.isnan(out.loss)
+    wide = {**inputs, "mean": inputs["mean"].double().cpu()}
+    wide = ppo_loss_reference(**{name: t.cpu() for name, t in wide.items()}, **options)
+    assert float(wide.nonfinite) == 0.0
+    assert torch.isfinite(wide.loss)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), -0.1, float("-inf")])
 @pytest.mark.parametrize("num_actions", [5, 1600])  # those have a CUDA kernel of their own
 @pytest.mark.parametrize("per_row", [False, True])

@@ -130,6 +130,16 @@ def test_ratio_with_what_is_no_std(bad: float) -> None:
         assert np.isnan(out).all()
 
 
+def test_ratio_at_the_ends_of_the_numbers() -> None:
+    """A subnormal std is none, whatever it is divided by. Of two that are, the ratio may leave the normal numbers."""
+    info = np.finfo(np.float32)
+    subnormal, small, large = info.tiny / 2, info.tiny * 4, info.max / 4
+    for out in call("ratio", np.array([subnormal, subnormal, small]), np.array([small, 1.0, large]))[:2]:
+        assert np.isnan(out).all()
+    for out in call("ratio", np.array([large]), np.array([small]))[:2]:
+        assert (out == np.inf).all()
+
+
 def test_kl() -> None:
     g = np.random.default_rng(3)
     ratios = np.concatenate([1.0 + both_signs(1e-7, 0.6, 300), np.geomspace(1e-5, 1e5, 300)])
