@@ -143,10 +143,9 @@ inline bool is_no_address(const void* data) { return reinterpret_cast<uintptr_t>
 inline bool lacks_memory(const TensorObject& t) { return is_no_address(t.data) && t.shape[0] * t.shape[1] != 0; }
 
 [[noreturn]] inline void refuse_without_memory(const char* name) {
-  throw py::value_error(
-      std::string(name) +
-      " has no memory of its own (a DTensor, FakeTensor, freed storage, or a batch of gradients under "
-      "vmap); pass its local tensor, or backend='eager'");
+  throw py::value_error(std::string(name) +
+                        " has no memory of its own: of a DTensor pass the local tensor; a FakeTensor and a batch of "
+                        "gradients under vmap need backend='eager'; or its storage was freed");
 }
 
 inline TensorObject read_tensor(py::handle tensor, const char* name) {

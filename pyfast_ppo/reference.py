@@ -269,17 +269,18 @@ def gae(
         at_end = torch.where(time_outs != 0, values if final_values is None else final_values.to(dtype), at_end)
     factor = gamma * lam
     is_delta = dones | (factor == 0.0)  # selected, not multiplied: 0 · NaN and 0 · ∞ of a later step would leak
-    advantages = torch.empty_like(values)
+    advantages: list[Tensor] = []
     advantage = torch.zeros_like(next_values)
     for t in reversed(range(rewards.shape[0])):
         next_values = torch.where(dones[t], at_end[t], next_values)
         delta = rewards[t] + gamma * next_values - values[t]
         advantage = torch.where(is_delta[t], delta, delta + factor * advantage)
-        advantages[t] = advantage
+        advantages.append(advantage)
         next_values = values[t]
-    returns = advantages + values
+    all_advantages = torch.stack(advantages[::-1])
+    returns = all_advantages + values
     if normalize:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        all_advantages = (all_advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)
     if out is None:
-        return advantages, returns
-    return out[0].copy_(advantages), out[1].copy_(returns)
+        return all_advantages, returns
+    return out[0].copy_(all_advantages), out[1].copy_(returns)

@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 
 from pyfast_ppo import backends, reference
 from pyfast_ppo.ops import _arguments as arguments
+from pyfast_ppo.ops.shared_row import is_in_torch_func
 
 _ARGUMENTS = (
     "rewards", "values", "dones", "last_values", "gamma", "lam", "time_outs", "final_values", "normalize",
@@ -40,7 +41,7 @@ def gae(
         values: V(s_t). [T, E].
         dones: Whether the step ended its episode, for any reason. Boolean, integer or floating. [T, E].
         last_values: V of the observation after the last step. [E] or [E, 1].
-        gamma: Discount factor γ.
+        gamma: Discount factor γ. Like λ a number; a tensor of one is read on the host, which waits for a GPU.
         lam: λ.
         time_outs: Whether the episode was ended by its time limit, not by the task. [T, E]. Only looked at where
             ``dones`` is true.
@@ -50,7 +51,8 @@ def gae(
             (A - mean) / (std + 1e-8).
         out: Where (advantages, returns) are written: contiguous tensors, shaped as ``rewards``, float64 if any argument
             is, else float32, in memory that neither an argument nor the other of the two shares. None: new ones.
-        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
+        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available. Under torch.compile
+            and in torch.func the formula itself runs, and only the name is looked at.
 
     Returns:
         (advantages, returns), shaped as ``rewards``; returns = advantages (before normalisation) + values. They
@@ -59,7 +61,7 @@ def gae(
     Raises:
         ValueError: A shape, device or backend that does not fit; T = 0; E = 0; ``out`` that is not contiguous, shares
             memory, or requires a gradient where gradients are recorded.
-        TypeError: A tensor of the wrong type.
+        TypeError: A tensor of a type that does not fit; something that is no tensor, or no number.
         RuntimeError: The backend is not available.
     """
     if not isinstance(rewards, Tensor):
@@ -86,9 +88,9 @@ def gae(
     )
     dtype = reference.arithmetic_dtype(rewards, values, last, final_values)
     places = None if out is None else _places(out, steps_by_envs, dtype, device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_in_torch_func():
         backends.check_name(backend)
-        with torch.no_grad():  # the compiler sees the formula itself, and fuses it
+        with torch.no_grad():  # the compiler sees the formula itself, and fuses it; of torch.func kernels know nothing
             advantages, returns = reference.gae(*args, places)
     else:
         run = backends.select(backend, device, dtype)
@@ -104,11 +106,11 @@ def gae(
 def _number(name: str, value: float | Tensor) -> float:
     if isinstance(value, float):
         return value
-    if isinstance(value, (int, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, (int, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
         return float(value)
     if hasattr(value, "shape") and math.prod(value.shape) != 1:
         raise ValueError(f"{name} must be a number, got shape {list(value.shape)}")
-    if isinstance(value, (str, bytes)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+    if isinstance(value, (bool, str, bytes)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
 

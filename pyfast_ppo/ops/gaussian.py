@@ -20,7 +20,8 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, std: Tensor, *, backend: st
         actions: [N, A]; any leading dimensions.
         mean: [N, A].
         std: [A] or [N, A], > 0.
-        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
+        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available. Under
+            torch.compile, in torch.func and in forward mode the formula itself runs, and only the name is looked at.
 
     Returns:
         [N], in nats. A second derivative is refused, except by the eager backend.
@@ -43,7 +44,7 @@ def gaussian_entropy(std: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         std: [A] or [N, A] (any leading dimensions), > 0.
-        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
+        backend: As in ``gaussian_log_prob``.
 
     Returns:
         0-dim for [A], else [N]. A second derivative is refused, except by the eager backend.
@@ -65,14 +66,14 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor, *,
     """KL(p‖q) of two diagonal Gaussians: never negative, exactly 0 at equality, accurate however close p and q are.
 
     Σ ½[φ(2δ) + m²] with φ(x) = eˣ - 1 - x, δ = log(σ_p/σ_q), m = (μ_p - μ_q)/σ_q. The usual form, log σ_q/σ_p + … - ½,
-    loses all digits near equality and goes negative.
+    loses all digits near equality and goes negative. In float32, kernels have NaN where σ_p/σ_q is below 1.2e-38.
 
     Args:
         mean_p: [N, A]; any leading dimensions.
         std_p: [A] or [N, A], > 0.
         mean_q: [N, A].
         std_q: [A] or [N, A], > 0.
-        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
+        backend: As in ``gaussian_log_prob``.
 
     Returns:
         [N], in nats. A second derivative is refused, except by the eager backend.

@@ -15,7 +15,7 @@ from pyfast_ppo import backends, reference
 from pyfast_ppo.ops import _arguments as arguments
 from pyfast_ppo.ops._autograd import first_order_only
 from pyfast_ppo.ops._library import LIBRARY
-from pyfast_ppo.ops.shared_row import is_transformed, spread_over_rows
+from pyfast_ppo.ops.shared_row import is_in_torch_func, is_transformed, spread_over_rows
 
 KL_DIRECTIONS = ("old_new", "new_old")
 
@@ -76,7 +76,7 @@ class PPOLossOutput:
 
     @property
     def nonfinite(self) -> Tensor:
-        """Number of rows with an input or a log-ratio that is not finite, or a std that is not positive."""
+        """Number of rows with an input or a log-ratio that is not finite, or a std that is 0, negative or subnormal."""
         return self._metric("nonfinite")
 
     @property
@@ -167,7 +167,7 @@ def ppo_loss(
         returns: Targets of the critic. [N] or [N, 1].
         old_values: Values at the rollout. [N] or [N, 1].
         clip_param: ε of the clipped surrogate and of the clipped value loss. Like the coefficients a number, or a 0-dim
-            tensor that is read on the device.
+            tensor that is read on the device; it gets no gradient.
         value_loss_coef: Weight of the value loss.
         entropy_coef: Weight of the entropy.
         use_clipped_value_loss: Clip the value step as in Schulman et al. 2017; else the plain squared error.
@@ -181,20 +181,22 @@ def ppo_loss(
         backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
 
     Returns:
-        ``PPOLossOutput``. Gradients flow from ``loss`` to ``mean``, ``std`` and ``values``. A second derivative is
-        refused. (Of what torch.compile compiled, torch refuses it in ``backward()`` alone: ``torch.autograd.grad`` and
-        ``backward(inputs=...)`` leave it out without a word.)
+        ``PPOLossOutput``. Gradients flow from ``loss`` to ``mean``, ``std`` and ``values`` alone. A second derivative
+        is refused. (Of what torch.compile compiled, torch refuses it in ``backward()`` alone: ``torch.autograd.grad``
+        and ``backward(inputs=...)`` may leave it out without a word.)
 
     Raises:
         ValueError: A shape, device, coefficient or backend that does not fit; A = 0; N = 0.
-        TypeError: A tensor that is not float32, float64, bfloat16 or float16.
-        RuntimeError: The backend is not available.
+        TypeError: A tensor that is not float32, float64, bfloat16 or float16, or that the backend does not compute
+            with; something that is no tensor, or no number.
+        IndexError: See ``row_index``.
+        RuntimeError: The backend is not available, or see below.
 
-    Faults in the data (std ≤ 0, NaN, infinity) are not looked for on the host: they are counted in ``nonfinite`` and
-    show in the loss.
+    Faults in the data (a std that is 0, negative or subnormal, NaN, infinity) are not looked for on the host: they are
+    counted in ``nonfinite`` and show in the loss.
 
     ``torch.func`` (grad, vmap, jvp) and forward-mode differentiation transform ``ppo_loss_reference``; this refuses
-    them with a RuntimeError.
+    them with a RuntimeError. What gets no gradient has no tangent, either.
     """
     call = _prepare(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
@@ -247,7 +249,8 @@ def ppo_loss_and_grad(
     gradient comes in equal parts for each of the N rows, so that what it was expanded from sums up to it (float16,
     which cannot hold the parts: all of it for the first row).
 
-    It can be part of a CUDA graph; call it once before the capture, so that kernels are loaded by then.
+    It can be part of a CUDA graph; call it once before the capture, so that kernels are loaded by then. Under
+    ``torch.compile(fullgraph=True)`` it needs another backend than "eager", which calls autograd itself.
     """
     call = _prepare(
         mean, std, values, actions, old_log_prob, old_mean, old_std, advantages, returns, old_values, clip_param,
@@ -400,8 +403,10 @@ def _is_eager(backend: str | None, device_type: str) -> bool:
 
 
 def _without_rollout_gradients(call: _Call) -> _Call:
+    """Nor tangents, of forward mode."""
+    transformed = torch.compiler.is_compiling() or is_transformed()
     names = _Call._fields[3:_NUM_TENSORS]
-    detached = {name: t.detach() for name in names if (t := getattr(call, name)).requires_grad}
+    detached = {name: t.detach() for name in names if (t := getattr(call, name)).requires_grad or transformed}
     return call._replace(**detached) if detached else call
 
 
@@ -415,11 +420,12 @@ def _either(t: Tensor, first: torch.Size, second: torch.Size) -> torch.Size:
     return first if isinstance(t, Tensor) and t.dim() == len(first) and t.shape == first else second
 
 
-def _refuse_transforms(*tensors: Tensor) -> None:
-    """Those that kernels would lose: of torch.func, and tangents (torch.autograd.forward_ad, torch.func.jvp)."""
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+def _refuse_transforms(*differentiable: Tensor) -> None:
+    """Tangents (torch.autograd.forward_ad, torch.func.jvp), which kernels would lose, and torch.func, in which any
+    tensor, a new one too, may have no memory that a kernel could find."""
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in differentiable):
         raise RuntimeError("ppo_loss has no derivative in forward mode; ppo_loss_reference has one")
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+    if is_in_torch_func():
         raise RuntimeError("ppo_loss cannot be transformed by torch.func; ppo_loss_reference can be")
 
 

@@ -32,7 +32,12 @@ def shared_row(t: Tensor) -> Tensor:
 
 def is_transformed() -> bool:
     """Whether ``torch.func`` or forward mode differentiates what runs now."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return is_in_torch_func() or forward_ad._current_level >= 0
+
+
+def is_in_torch_func() -> bool:
+    """Whether a function that ``torch.func`` transforms runs now."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class _SharedRow(torch.autograd.Function):

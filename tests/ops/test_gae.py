@@ -493,6 +493,18 @@ def test_inference_tensors(backend: str, device: str) -> None:
         assert torch.equal(other, third)
 
 
+@pytest.mark.parametrize("names", [(name,) for name in NAMES] + [NAMES], ids=str)
+def test_batches_of_vmap(backend: str, device: str, names: tuple[str, ...]) -> None:
+    """Of all arguments, or of one that then meets others without a batch."""
+    rollouts = [make_rollout(5, 6, seed, time_outs=True, final_values=True, device=device) for seed in (0, 1)]
+    rollouts[1] = {**rollouts[0], **{name: rollouts[1][name] for name in names}}
+    batch = {name: torch.stack([rollout[name] for rollout in rollouts]) for name in names}
+    got = torch.func.vmap(lambda batch: call({**rollouts[0], **batch}, backend))(batch)
+    for i, rollout in enumerate(rollouts):
+        for one, want in zip(got, call(rollout, backend), strict=True):
+            torch.testing.assert_close(one[i], want, equal_nan=True)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_compiled(backend: str, device: str, normalize: bool) -> None:
     torch.compiler.reset()
@@ -610,7 +622,7 @@ def test_wrong_backend() -> None:
 @pytest.mark.parametrize("name", ["gamma", "lam"])
 def test_wrong_number(name: str) -> None:
     numbers = {"gamma": 0.9, "lam": 0.9}
-    for wrong in (None, "0.9", [0.9]):
+    for wrong in (None, "0.9", [0.9], True):
         with pytest.raises(TypeError, match=rf"^{name} must be a number, got {type(wrong).__name__}"):
             call(make_rollout(3, 4), **{**numbers, name: wrong})
     with pytest.raises(ValueError, match=rf"^{name} must be a number, got shape \[2\]"):

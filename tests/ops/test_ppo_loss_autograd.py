@@ -347,12 +347,14 @@ def test_reference_has_a_second_derivative(device: str) -> None:
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("function", [ppo_loss, ppo_loss_and_grad])
 @pytest.mark.parametrize("expanded", [False, True])
-def test_forward_mode_is_refused(inputs: Inputs, backend: str, function: Callable, name: str, expanded: bool) -> None:
-    """A tangent must not get lost without a word; the rollout may have one."""
+def test_forward_mode_is_refused(
+    inputs: Inputs, backend: str, device: str, function: Callable, name: str, expanded: bool
+) -> None:
+    """A tangent must not get lost without a word; what gets no gradient may have one."""
     tangent = torch.ones_like(inputs[name])
 
-    def call(x: Tensor, of: str = name) -> Tensor:
-        changed = {**inputs, of: x}
+    def call(x: Tensor, of: str = name, **options: Tensor) -> Tensor:
+        changed = {**inputs, of: x, **options}
         if expanded:
             changed["std"] = changed["std"].expand_as(inputs["mean"])
         out = function(**changed, backend=backend)
@@ -367,20 +369,55 @@ def test_forward_mode_is_refused(inputs: Inputs, backend: str, function: Callabl
         assert torch.equal(
             call(inputs[name]), call(forward_ad.make_dual(inputs["returns"], inputs["returns"]), "returns")
         )
+        kl_coef = torch.zeros((), device=device)
+        assert torch.equal(
+            call(inputs[name]), call(inputs[name], kl_coef=forward_ad.make_dual(kl_coef, torch.ones_like(kl_coef)))
+        )
     with pytest.raises(RuntimeError, match=message):
         torch.func.jvp(call, (inputs[name],), (tangent,))
 
 
 @pytest.mark.parametrize("function", [ppo_loss, ppo_loss_and_grad])
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
-def test_transforms_are_refused(inputs: Inputs, backend: str, function: Callable, transform: Callable) -> None:
-    def call(mean: Tensor) -> Tensor:
-        out = function(**{**inputs, "mean": mean}, backend=backend)
-        return (out if function is ppo_loss else out[0]).loss
+def test_transforms_are_refused(
+    inputs: Inputs, backend: str, device: str, function: Callable, transform: Callable
+) -> None:
+    """Whatever they go over, and where it is none of the arguments."""
+    message = r"ppo_loss cannot be transformed by torch\.func; ppo_loss_reference can be"
+    for name, x in {
+        **inputs,
+        "kl_coef": torch.ones((), device=device),
+        "factor": torch.ones((), device=device),
+    }.items():
 
-    mean = inputs["mean"] if transform is torch.func.grad else inputs["mean"].expand(2, *inputs["mean"].shape)
-    with pytest.raises(RuntimeError, match=r"ppo_loss cannot be transformed by torch\.func; ppo_loss_reference can be"):
-        transform(call)(mean)
+        def call(x: Tensor, name: str = name) -> Tensor:
+            changed = inputs if name == "factor" else {**inputs, name: x}
+            out = function(**changed, backend=backend)
+            return (out if function is ppo_loss else out[0]).loss * x.sum()
+
+        with pytest.raises(RuntimeError, match=message):
+            transform(call)(x if transform is torch.func.grad else x.expand(2, *x.shape).clone())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_mode_gives_the_rollout_no_tangents(compiled: bool) -> None:
+    """As it gets no gradients."""
+    inputs = make_inputs(6, 3)
+
+    def call(inputs: Inputs, kl_coef: Tensor) -> Tensor:
+        return ppo_loss_reference(**inputs, kl_coef=kl_coef).loss
+
+    def tangent(names: tuple[str, ...], of_kl_coef: float = 0.0) -> Tensor:
+        primals = inputs, torch.tensor(0.5)
+        tangents = {name: t if name in names else torch.zeros_like(t) for name, t in inputs.items()}
+        return torch.func.jvp(call, primals, (tangents, torch.tensor(of_kl_coef)))[1]
+
+    if compiled:
+        torch.compiler.reset()
+        tangent = torch.compile(tangent, fullgraph=True, backend="aot_eager")
+    rollout = tuple(name for name in NAMES if name not in DIFFERENTIABLE)
+    assert tangent(rollout, 1.0) == 0.0
+    assert tangent(DIFFERENTIABLE) != 0.0
 
 
 EXPANDED = {

@@ -114,7 +114,7 @@ def test_without_memory(operation: tuple, backend: str, without_memory: Callable
             message = str(error)  # not the error, from which pytest would print the tensor
         assert message is not None
         assert message.startswith(f"{name} has no memory of its own")
-        assert message.endswith("pass its local tensor, or backend='eager'")
+        assert message.endswith("or its storage was freed")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
@@ -126,7 +126,7 @@ def test_tensor_of_several_processes() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         std = distribute_tensor(torch.full((3,), 0.5), init_device_mesh("cpu", (1,)), [Replicate()])
-        with pytest.raises(ValueError, match=r"^std has no memory of its own \(a DTensor, .* pass its local tensor"):
+        with pytest.raises(ValueError, match=r"^std has no memory of its own: of a DTensor pass the local tensor"):
             gaussian_entropy(std)
         want = gaussian_entropy(torch.full((3,), 0.5))
         torch.testing.assert_close(gaussian_entropy(std.to_local()), want)
