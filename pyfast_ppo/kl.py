@@ -16,6 +16,8 @@ Sources: J. Schulman, "Approximating KL Divergence" (2020), for k1, k2, k3; Tang
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -71,6 +73,7 @@ def estimate(log_ratio: Tensor, estimator: str = "k3", sampled_from: str = "old"
 
     Raises:
         ValueError: An unknown estimator or policy.
+        TypeError: Something that is no floating-point tensor.
     """
     check_tensor("log_ratio", log_ratio)
     _check("estimator", estimator, ESTIMATORS)
@@ -99,6 +102,7 @@ def control_variate(log_ratio: Tensor, sampled_from: str = "old", weight: float 
 
     Raises:
         ValueError: An unknown policy; too few samples.
+        TypeError: Something that is no floating-point tensor.
     """
     check_tensor("log_ratio", log_ratio)
     _check("sampled_from", sampled_from, POLICIES)
@@ -146,12 +150,13 @@ def loss(log_ratio: Tensor, direction: str = "old_new", sampled_from: str = "old
 
     Returns:
         As ``log_ratio``, in nats, to be averaged and minimised. r is clamped to e^{±20}; beyond, the value of k3 grows
-        by the distance |ℓ| - 20. Of an infinite ℓ it is infinite; NaN for k1 of "new_old" at -∞, where value and slope
-        are -∞. First derivatives only: the coefficient is a constant to autograd, so that a second derivative is wrong,
-        and not refused.
+        by the distance |ℓ| - 20 (of "new_old" from old samples: by r times it). Of an infinite ℓ it is infinite; NaN
+        for k1 of "new_old" at -∞, where value and slope are -∞. First derivatives only: the coefficient is a constant
+        to autograd, so that a second derivative is wrong, and not refused.
 
     Raises:
         ValueError: An unknown name, or a form that has not this gradient.
+        TypeError: Something that is no floating-point tensor.
     """
     check_tensor("log_ratio", log_ratio)
     return kl_loss(log_ratio, _which_loss(direction, sampled_from, form))
@@ -181,7 +186,7 @@ def gaussian_loss(
         direction: As in ``loss``.
         sampled_from: As in ``loss``.
         form: As in ``loss``.
-        backend: "cuda", "triton", "cpu", "eager", or None for the best that is available.
+        backend: As in ``gaussian_log_prob``.
 
     Returns:
         [N], in nats, to be averaged and minimised. First derivatives only, of mean and std: a second one is refused,
@@ -253,6 +258,7 @@ def sequence_loss(
     Raises:
         ValueError: An unknown name or a shape that does not fit; a direction that these samples do not give; fewer
             than 2 sequences for ``weight=None``.
+        TypeError: Something that is no tensor of a type that fits.
     """
     check_tensor("log_ratio", log_ratio)
     if log_ratio.dim() == 0:
@@ -350,21 +356,24 @@ def categorical(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """KL(p‖q) of two categorical distributions: never negative, 0 at equality, accurate however close p and q are.
 
     Σ p φ(d) with d = log(q/p) and φ(x) = eˣ - 1 - x: the same as Σ p log(p/q), because Σ q - Σ p = 0, but no two large
-    terms cancel. Nor do they in d, where no logit differs by 1 or more: with D = logits_q - logits_p, q is p e^D over
-    its sum, so that d = D - log Σ p e^D = D - log1p(Σ p (e^D - 1)).
+    terms cancel. Nor do they in d, where all logits differ alike, to less than 1: with D = logits_q - logits_p less its
+    mean Σ p D, q is p e^D over its sum, so that d = D - log Σ p e^D = D - log1p(Σ p (e^D - 1)).
 
     Args:
         logits_p: Unnormalised log-probabilities; -inf for what cannot happen. [..., C]. A p that is rounded to 0, where
             a logit is 104 below the others (746 in float64) or masked with -1e9, cannot happen either.
-        logits_q: [..., C]. The KL is infinite where q cannot do what p can. What p cannot do adds no more than q's
-            probability of it, whatever it is.
+        logits_q: [..., C]; leading dimensions broadcast. The KL is infinite where q cannot do what p can. What p cannot
+            do adds no more than q's probability of it, whatever it is.
 
     Returns:
         [...], in nats, with gradients for both. NaN where p or q is no distribution: NaN or +inf among its logits, or
         nothing but -inf.
+
+    Raises:
+        ValueError: A shape or device that does not fit; no categories.
+        TypeError: Something that is no floating-point tensor.
     """
-    check_tensor("logits_p", logits_p)
-    check_tensor("logits_q", logits_q)
+    _check_logits(logits_p, logits_q)
     return narrowed(_categorical(logits_p, logits_q), torch.promote_types(logits_p.dtype, logits_q.dtype))
 
 
@@ -373,8 +382,14 @@ def _categorical(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     log_p, log_q = torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)
     p, q = log_p.exp(), log_q.exp()
     possible = p != 0.0  # NaN is
+    matters = possible | (q != 0.0)
     # each selection also before the function that it chooses from: its gradient elsewhere can be NaN, and 0 NaN is, too
-    step = torch.where(possible | (q != 0.0), logits_q - logits_p, 0.0)
+    step = torch.where(matters, logits_q - logits_p, 0.0)
+    with torch.no_grad():  # d has no derivative by what all logits share
+        mean = (p * step).sum(-1, keepdim=True)
+        back = step - logits_q  # Knuth's two-sum: what the difference was rounded by is all that is left of a small one
+        rounding = (logits_q - (step - back)) - (logits_p + back)
+    step = torch.where(matters, (step - mean) + rounding, 0.0)
     close = (step.abs() < 1.0).all(-1, keepdim=True)
     step = torch.where(close, step, 0.0)
     d = torch.where(close, step - torch.log1p((p * torch.expm1(step)).sum(-1, keepdim=True)), log_q - log_p)
@@ -389,27 +404,49 @@ def multi_categorical(logits_p: Tensor, logits_q: Tensor, sizes: list[int]) -> T
 
     Args:
         logits_p: The distributions' logits one after the other. [..., Σ sizes].
-        logits_q: [..., Σ sizes].
+        logits_q: [..., Σ sizes]; leading dimensions broadcast.
         sizes: The number of categories of each, as ``MultiDiscrete.nvec``.
 
     Returns:
         [...], in nats.
 
     Raises:
-        ValueError: The sizes do not add up; there are none, or one is not positive.
+        ValueError: The sizes do not add up; there are none, or one is not positive; as ``categorical``.
+        TypeError: ``sizes`` that are no integers; as ``categorical``.
     """
-    sizes = [int(n) for n in sizes]
+    try:
+        sizes = [operator.index(n) for n in sizes]
+    except TypeError:
+        raise TypeError(f"sizes must be a list of integers, as MultiDiscrete.nvec, got {sizes!r}") from None
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes must be one or more positive numbers, got {sizes}")
-    for name, logits in (("logits_p", logits_p), ("logits_q", logits_q)):
-        check_tensor(name, logits)
-        if logits.shape[-1] != sum(sizes):
-            raise ValueError(
-                f"{name} must have {sum(sizes)} = sum of sizes in its last dimension, got {logits.shape[-1]}"
-            )
+    _check_logits(logits_p, logits_q)
+    if logits_p.shape[-1] != sum(sizes):
+        raise ValueError(
+            f"logits_p must have {sum(sizes)} = sum of sizes in its last dimension, got {logits_p.shape[-1]}"
+        )
     parts = zip(logits_p.split(sizes, -1), logits_q.split(sizes, -1), strict=True)
     first, *others = [_categorical(p, q) for p, q in parts]
     return narrowed(sum(others, first), torch.promote_types(logits_p.dtype, logits_q.dtype))
+
+
+def _check_logits(logits_p: Tensor, logits_q: Tensor) -> None:
+    for name, t in (("logits_p", logits_p), ("logits_q", logits_q)):
+        check_tensor(name, t)
+        if t.dim() == 0 or t.shape[-1] == 0:
+            raise ValueError(f"{name} must be [..., C] with at least one category, got shape {list(t.shape)}")
+    if logits_q.device != logits_p.device:
+        raise ValueError(f"logits_q is on {logits_q.device}, logits_p on {logits_p.device}")
+    if logits_q.shape[-1] != logits_p.shape[-1]:
+        raise ValueError(
+            f"logits_q must have {logits_p.shape[-1]} categories, as logits_p has, got {logits_q.shape[-1]}"
+        )
+    for size_p, size_q in zip(reversed(logits_p.shape[:-1]), reversed(logits_q.shape[:-1]), strict=False):
+        if size_p != size_q and size_p != 1 and size_q != 1:
+            raise ValueError(
+                f"logits_q must have leading dimensions that fit those of logits_p, {list(logits_p.shape)}, "
+                f"got {list(logits_q.shape)}"
+            )
 
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:

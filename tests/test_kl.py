@@ -375,11 +375,15 @@ def exact_categorical(p: Tensor, q: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("categories", [3, 18])
 @pytest.mark.parametrize("step", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0])
-def test_categorical_is_accurate_near_zero(step: float, categories: int) -> None:
-    """In float32, each row relative to itself, and so its gradients; the usual form loses all digits, and its sign."""
+@pytest.mark.parametrize("shared", [0.0, 0.9, -30.0])
+def test_categorical_is_accurate_near_zero(shared: float, step: float, categories: int) -> None:
+    """In float32, each row relative to itself, and so its gradients; the usual form loses all digits, and its sign.
+
+    Whatever all logits of q share, though it rounds how they differ from p's.
+    """
     g = torch.Generator().manual_seed(3)
     p = torch.randn(20, categories, generator=g)
-    q = (p + step * torch.randn(20, categories, generator=g)).requires_grad_()
+    q = (p + step * torch.randn(20, categories, generator=g) + shared).requires_grad_()
     p.requires_grad_()
     got = kl.categorical(p, q)
     assert (got >= 0.0).all()
@@ -586,7 +590,32 @@ def test_wrong_arguments_are_named() -> None:
         kl.sequence_loss(x, weight=None)
     with pytest.raises(ValueError, match=r"^logits_p must have 5 = sum of sizes in its last dimension, got 4"):
         kl.multi_categorical(x, x, [2, 3])
+    for wrong in ([2.7, 2], 4, ["2", 2]):
+        message = re.escape(f"sizes must be a list of integers, as MultiDiscrete.nvec, got {wrong!r}")
+        with pytest.raises(TypeError, match=message):
+            kl.multi_categorical(x, x, wrong)
+    assert kl.multi_categorical(x, x, np.array([1, 3])) == 0.0
     for logits, sizes in ((x[:0], []), (x, [5, -1])):
         message = f"sizes must be one or more positive numbers, got {sizes}"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             kl.multi_categorical(logits, logits, sizes)
+
+
+@pytest.mark.parametrize("function", [kl.categorical, lambda p, q: kl.multi_categorical(p, q, [1, 3])])
+def test_logits_that_do_not_fit(function: Callable) -> None:
+    """Other leading dimensions broadcast, categories do not."""
+    x = torch.zeros(5, 4)
+    for name, pair in (("logits_p", (x[0, 0], x)), ("logits_q", (x, x[0, 0])), ("logits_q", (x, x[:, :0]))):
+        with pytest.raises(ValueError, match=rf"^{name} must be \[\.\.\., C\] with at least one category, got shape"):
+            function(*pair)
+    for q in (x[:, :1], x[:, :3]):
+        with pytest.raises(ValueError, match=rf"^logits_q must have 4 categories, as logits_p has, got {q.shape[-1]}"):
+            function(x, q)
+    with pytest.raises(ValueError, match=r"^logits_q must have leading dimensions that fit .*\[5, 4\], got \[3, 4\]"):
+        function(x, x[:3])
+    with pytest.raises(ValueError, match=r"^logits_q is on meta, logits_p on cpu"):
+        function(x, x.to("meta"))
+    for other in (x[0], x[:1], x.expand(3, 5, 4)):
+        assert function(x, other).shape == function(other, x).shape == (*other.shape[:-2], 5)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, x[0]), function(x, x[0]))
