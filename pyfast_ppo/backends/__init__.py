@@ -1,10 +1,11 @@
 """Which code runs an operation: one table of what there is, what it can run on, and why it cannot.
 
-A backend is a module with functions that take and give tensors and know nothing of autograd. ``cuda``, ``triton`` and
-``cpu`` have the same for the loss, the returns and the Gaussians; ``cuda`` alone reads rows of a mini-batch in place
-(``GATHERS``), ``cuda`` and ``cpu`` have what an update needs around the loss: hidden layers, the step of Adam, the rule
-of the learning rate (``FUSES_UPDATE``). ``eager`` has the loss and the returns (``ops/gaussian.py`` takes the reference
-formulas, with their own derivatives, in its place) and runs everywhere, so there is always one.
+A backend is a module with functions that take and give tensors and, but for ``eager``, know nothing of autograd.
+``cuda``, ``triton`` and ``cpu`` have the same for the loss, the returns and the Gaussians; ``cuda`` alone reads rows of
+a mini-batch in place (``GATHERS``), ``cuda`` and ``cpu`` have what an update needs around the loss: hidden layers, the
+step of Adam, the rule of the learning rate (``FUSES_UPDATE``). ``eager`` has the loss and the returns
+(``ops/gaussian.py`` takes the reference formulas, with their own derivatives, in its place) and runs everywhere, so
+there is always one.
 """
 
 from __future__ import annotations
