@@ -173,6 +173,7 @@ class GymnasiumVecEnv(VecEnv):
             "terminated": self._to_tensor(terminated, torch.bool),
             "final_obs": self._final_observations(done, infos),
         }
+        rewards = np.reshape(rewards, self.num_envs)  # [E, 1] of an AsyncVectorEnv whose rewards are arrays
         return self.get_observations(), self._to_tensor(rewards, torch.float32), dones, extras
 
     def close(self) -> None:
@@ -255,13 +256,18 @@ class GymnasiumVecEnv(VecEnv):
             )
 
 
-class _KeepFinalObservation(gymnasium.Wrapper):
-    """Copies an episode's last observation: some environments' ``reset`` writes into the array ``step`` returned."""
+class _ForVectorEnv(gymnasium.Wrapper):
+    """Mends what vector environments take as it is.
+
+    Some environments' ``reset`` writes into the array that ``step`` has returned as the episode's last observation;
+    some rewards are arrays of one number.
+    """
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
         if terminated or truncated:
             obs = copy.deepcopy(obs)
+        reward = reward.item() if isinstance(reward, np.ndarray) else reward
         return obs, reward, terminated, truncated, info
 
 
@@ -273,14 +279,14 @@ def _make_vector_env(env: str | Callable | VectorEnv, num_envs: int, make_kwargs
         if num_envs not in (1, env.num_envs):
             raise ValueError(f"num_envs={num_envs}, but the VectorEnv has {env.num_envs} environments.")
         if isinstance(inner := env.unwrapped, SyncVectorEnv):
-            inner.envs = [_KeepFinalObservation(sub_env) for sub_env in inner.envs]
+            inner.envs = [_ForVectorEnv(sub_env) for sub_env in inner.envs]
         return env
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, but is {num_envs}.")
     if isinstance(env, str):
         kwargs = {"vectorization_mode": "sync", **make_kwargs}
         kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.SAME_STEP, **kwargs.get("vector_kwargs", {})}
-        kwargs["wrappers"] = [*kwargs.get("wrappers", ()), _KeepFinalObservation]
+        kwargs["wrappers"] = [*kwargs.get("wrappers", ()), _ForVectorEnv]
         return gymnasium.make_vec(env, num_envs=num_envs, **kwargs)
     if isinstance(env, gymnasium.Env) or not callable(env):
         raise TypeError(
@@ -291,7 +297,7 @@ def _make_vector_env(env: str | Callable | VectorEnv, num_envs: int, make_kwargs
         made = env(**make_kwargs)
         if not isinstance(made, gymnasium.Env):
             raise TypeError(f"the callable must return a gymnasium.Env, but returned {type(made).__name__}.")
-        return _KeepFinalObservation(made)
+        return _ForVectorEnv(made)
 
     return SyncVectorEnv([make_one] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
@@ -301,6 +307,8 @@ def _checked_action_space(space: gymnasium.Space) -> gymnasium.spaces.Box:
         raise ValueError(
             f"the action space is {space}, but rsl_rl's PPO acts with real numbers: a Box with a float dtype is needed."
         )
+    if 0 in space.shape:
+        raise ValueError(f"the action space is {space}, which has no dimension to act in.")
     return space
 
 
@@ -320,6 +328,11 @@ def _group_shapes(space: gymnasium.Space) -> dict[str, tuple[int, ...]]:
     spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {"policy": space}
     shapes = {}
     for name, subspace in spaces.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"the observation {name!r} has a key of type {type(name).__name__}, but the groups of rsl_rl's"
+                " observations are called by strings; rename it in a gymnasium.ObservationWrapper."
+            )
         if not isinstance(subspace, gymnasium.spaces.Box):
             raise ValueError(
                 f"the observation {name!r} has the space {subspace}, but only a Box or a flat Dict of boxes can be"

@@ -34,8 +34,10 @@ from pyfast_ppo.vec_env import (
     check_obs_groups,
     clip,
     clipped_action_space,
+    declared_action_space,
     is_state,
     near_matches,
+    put_action_space,
     single_observation_space,
 )
 
@@ -171,11 +173,10 @@ class RslRlVecEnvWrapper(StockWrapper):
         """Declare the intersection of clip and space; called by the constructor of Isaac Lab's wrapper."""
         from gymnasium.vector.utils import batch_space
 
-        env = self.unwrapped
-        self.action_bounds = action_bounds(env.single_action_space, self.clip_actions, self.device)
-        if self.action_bounds is not None:
-            env.single_action_space = clipped_action_space(env.single_action_space, self.action_bounds)
-            env.action_space = batch_space(env.single_action_space, self.num_envs)
+        declared = declared_action_space(self.unwrapped)
+        self.action_bounds = action_bounds(declared, self.clip_actions, self.device)
+        cut = declared if self.action_bounds is None else clipped_action_space(declared, self.action_bounds)
+        put_action_space(self.unwrapped, declared, cut, batch_space)
 
     def _own_observations(self, obs: Mapping[str, Any]) -> TensorDict:
         """As a TensorDict that later steps do not write to."""

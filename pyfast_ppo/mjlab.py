@@ -23,8 +23,10 @@ from pyfast_ppo.vec_env import (
     action_bounds,
     check_obs_groups,
     clip,
+    declared_action_space,
     is_state,
     near_matches,
+    put_action_space,
     without_absent_options,
 )
 
@@ -162,14 +164,13 @@ class RslRlVecEnvWrapper(StockWrapper):
 
     def _modify_action_space(self) -> None:
         """Cut the declared action space to the clip; mjlab's wrapper calls this and would overwrite the space."""
-        env = self.unwrapped
-        self.action_bounds = action_bounds(env.single_action_space, self.clip_actions, self.device)
+        cut = declared = declared_action_space(self.unwrapped)
+        self.action_bounds = action_bounds(declared, self.clip_actions, self.device)
         if self.action_bounds is not None:
-            declared = env.single_action_space
             low = _tighter(max, self.action_bounds[0], declared.low)
             high = _tighter(min, self.action_bounds[1], declared.high)
-            env.single_action_space = Box(shape=declared.shape, dtype=declared.dtype, low=low, high=high)
-            env.action_space = batch_space(env.single_action_space, self.num_envs)
+            cut = Box(shape=declared.shape, dtype=declared.dtype, low=low, high=high)
+        put_action_space(self.unwrapped, declared, cut, batch_space)
 
     def _final_frame(self, rows: Tensor) -> TensorDict:
         """What the environment would return if it did not reset ``rows``: true in these rows, groups ``[E, ...]``."""

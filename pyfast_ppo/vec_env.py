@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeGuard
 
 import numpy as np
@@ -48,7 +48,8 @@ def action_bounds(space: Any, clip_actions: ClipActions, device: torch.device | 
 
     Raises:
         TypeError: ``space`` is not a float Box, or ``clip_actions`` neither a number nor a pair of them.
-        ValueError: ``clip_actions`` has the wrong length, is NaN, has a low above its high, or does not meet the space.
+        ValueError: ``clip_actions`` has the wrong length, is NaN, has a low above its high, or does not meet the space;
+            ``space`` has no dimension.
     """
     declared_low, declared_high = _declared_range(space)  # float64 [A]
     if clip_actions is None:
@@ -118,6 +119,23 @@ def clipped_action_space(space: gymnasium.spaces.Box, bounds: Bounds) -> gymnasi
     return Box(np.maximum(low, space.low), np.minimum(high, space.high), dtype=space.dtype)
 
 
+_CUT = "_pyfast_ppo_cut_action_space"
+
+
+def declared_action_space(env: Any) -> Any:
+    """The action space of one environment as it was declared, before a wrapper of ours cut it to an earlier clip."""
+    declared, cut = getattr(env, _CUT, (None, None))
+    return env.single_action_space if cut is None or cut is not env.single_action_space else declared
+
+
+def put_action_space(env: Any, declared: Any, cut: Any, batch_space: Callable[[Any, int], Any]) -> None:
+    """Let the environment declare ``cut``, and know what it declared."""
+    if cut is not env.single_action_space:
+        env.single_action_space = cut
+        env.action_space = batch_space(cut, env.num_envs)
+        setattr(env, _CUT, (declared, cut))
+
+
 def _declared_range(space: Any) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest action that the space allows, float64 ``[A]``."""
     is_box = all(hasattr(space, name) for name in ("low", "high", "shape", "dtype"))
@@ -127,6 +145,8 @@ def _declared_range(space: Any) -> tuple[np.ndarray, np.ndarray]:
             " the numbers into the environment's own actions inside of it."
         )
     shape = tuple(space.shape)
+    if 0 in shape:
+        raise ValueError(f"the action space is {space}, which has no dimension to act in.")
     low, high = (np.broadcast_to(np.asarray(side, np.float64), shape).reshape(-1) for side in (space.low, space.high))
     return low, high
 

@@ -32,6 +32,8 @@ E, A, LIMIT = 8, 2, 10
 class Simulator:
     """A point that actions push about, in E copies. It terminates beyond 2 and is cut off after LIMIT steps."""
 
+    limit = LIMIT
+
     def __init__(self, action_space: spaces.Space | None = None) -> None:
         self.single_action_space = action_space or spaces.Box(-np.inf, np.inf, (A,))
         self.cfg = SimpleNamespace(is_finite_horizon=False)
@@ -61,7 +63,7 @@ class Simulator:
         self.episode_length_buf = self.episode_length_buf + 1
         rewards = -self.place.square().sum(-1)
         terminated = self.place.abs().amax(-1) > 2.0
-        truncated = self.episode_length_buf >= LIMIT
+        truncated = self.episode_length_buf >= self.limit
         done = terminated | truncated
         before_reset = self.obs()
         self.place = torch.where(done[:, None], torch.randn(E, A) * 0.3, self.place)
@@ -743,10 +745,22 @@ def test_dones_may_be_bool():
     assert names(Bool(), config()) == []
 
 
+class SlowFall(Simulator):
+    """Terminates after some 80 steps."""
+
+    limit = 1000
+
+    def push(self, actions):
+        return 0.003 * actions + 0.025
+
+
 @pytest.mark.parametrize("is_published", [True, False])
-def test_time_outs_at_terminations(is_published):
+@pytest.mark.parametrize("simulator", [Simulator, SlowFall])
+def test_time_outs_at_terminations(is_published, simulator):
     class TruncatedAsItIs(Wrapper):
         """As the wrappers of Isaac Lab and mjlab, which do not publish what was terminated."""
+
+        max_episode_length = simulator.limit
 
         def step(self, actions):
             obs, before_reset, rewards, terminated, truncated = self.env.step(actions)
@@ -754,7 +768,27 @@ def test_time_outs_at_terminations(is_published):
             extras |= {"terminated": terminated} if is_published else {}
             return self.pack(obs), rewards, (terminated | truncated).long(), extras
 
-    assert only(TruncatedAsItIs(), config()).name == "time-outs-at-terminations"
+    assert only(TruncatedAsItIs(simulator()), config()).name == "time-outs-at-terminations"
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_fall_is_not_waited_for_where_the_limit_cannot_meet_it(moves):
+    class Counts(Wrapper):
+        max_episode_length, steps = 1000, 0
+        if not moves:
+            episode_length_buf = torch.zeros(E, dtype=torch.long)  # the simulator counts for itself
+
+        def step(self, actions):
+            self.steps += 1
+            return super().step(actions)
+
+    class Rests(SlowFall):
+        def push(self, actions):
+            return 0.0 * actions
+
+    env = Counts(Rests())
+    assert names(env, steps=16) == []
+    assert env.steps == 16 + 64 * moves
 
 
 def test_time_outs_without_done():

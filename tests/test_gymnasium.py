@@ -130,6 +130,12 @@ class ReusesItsBuffers(VectorEnv):
         return self.obs, self.rewards, self.ended, np.zeros(2, dtype=bool), infos
 
 
+class RewardInAnArray(Counter):
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, np.array([reward]), *rest
+
+
 LIMIT = 3
 gymnasium.register("FastPPOCounter-v0", entry_point=Counter, max_episode_steps=LIMIT)
 gymnasium.register("FastPPOCounterNoLimit-v0", entry_point=Counter)
@@ -345,6 +351,17 @@ def test_an_observation_that_made_the_actions_nan_is_named(bad):
         env.step(nan)
 
 
+@pytest.mark.parametrize("vector_class", [None, SyncVectorEnv, AsyncVectorEnv])
+def test_rewards_may_be_arrays_of_one_number(vector_class):
+    if vector_class is None:
+        env = GymnasiumVecEnv(RewardInAnArray, num_envs=2)
+    else:
+        env = GymnasiumVecEnv(vector_class([RewardInAnArray] * 2, autoreset_mode=AutoresetMode.SAME_STEP))
+    _, rewards, _, _ = step(env, 0.5)
+    assert rewards.tolist() == [0.5, 0.5]
+    env.close()
+
+
 def test_wrong_shape_of_actions_is_named():
     env = GymnasiumVecEnv(Counter, num_envs=3)
     with pytest.raises(ValueError, match=r"shape \(3, 1\).*have \(3,\)"):
@@ -370,6 +387,21 @@ def test_dict_observation_gives_a_group_a_key():
 def test_action_spaces_without_real_numbers_are_refused(space):
     with pytest.raises(ValueError, match="Box with a float dtype"):
         GymnasiumVecEnv(Counter, action_space=space)
+
+
+def test_an_action_space_without_dimensions_is_refused():
+    with pytest.raises(ValueError, match="no dimension to act in"):
+        GymnasiumVecEnv(Counter, action_space=spaces.Box(-1, 1, (0,)))
+
+
+def test_groups_that_are_not_called_by_strings_are_refused():
+    def make() -> gymnasium.Env:
+        env = Counter()
+        env.observation_space = spaces.Dict({1: spaces.Box(0, 1)})
+        return env
+
+    with pytest.raises(ValueError, match="the observation 1 has a key of type int"):
+        GymnasiumVecEnv(make)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -19,8 +20,10 @@ from pyfast_ppo.vec_env import (
     clip,
     clip_range,
     clipped_action_space,
+    declared_action_space,
     is_state,
     near_matches,
+    put_action_space,
     single_observation_space,
     without_absent_options,
 )
@@ -132,6 +135,23 @@ def test_spaces_of_mjlab(space, low, high):
 def test_spaces_that_are_not_of_real_numbers_are_refused(space, clip_actions):
     with pytest.raises(TypeError, match=r"action space is .* declare a Box of a float dtype"):
         action_bounds(space, clip_actions)
+
+
+@pytest.mark.parametrize("clip_actions", [None, 1.0])
+def test_a_space_without_dimensions_is_refused(clip_actions):
+    with pytest.raises(ValueError, match="no dimension to act in"):
+        action_bounds(spaces.Box(-1.0, 1.0, (0,)), clip_actions)
+
+
+def test_what_was_declared_is_known_until_another_space_is():
+    env = SimpleNamespace(single_action_space=DECLARED, num_envs=2)
+    for clip_actions in (0.1, 0.7):
+        cut = clipped_action_space(DECLARED, action_bounds(declared_action_space(env), clip_actions))
+        put_action_space(env, declared_action_space(env), cut, batch_space)
+        assert env.action_space == batch_space(cut, 2)
+        assert declared_action_space(env) is DECLARED
+    env.single_action_space = UNBOUNDED
+    assert declared_action_space(env) is UNBOUNDED
 
 
 @pytest.mark.parametrize(

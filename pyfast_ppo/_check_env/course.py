@@ -34,6 +34,9 @@ _MOVE_LIMIT_EVERY = 4
 By turns in all environments, and in every second one, so that rows of final observations can be told apart.
 """
 
+_SLOWEST = 4
+"""A robot that falls slowly is given so many times the steps, for one look at a fall in the step of the limit."""
+
 _STEP_CHECKS: tuple[Callable[[Step], Finding | None], ...] = (
     overwritten.observations_overwritten,
     overwritten.actions_overwritten,
@@ -166,7 +169,11 @@ def _roll_out(env: VecEnv, cfg: dict | None, steps: int, last_action: LastAction
         report.add(at_limit.finding())
     report.add(at_end.finding())
     report.add(at_end.non_finite)
-    if can_move_limit and any(terminations):
-        worst = terminations.index(max(terminations))
-        report.add(episode_ends.time_outs_at_termination_of(env, worst))
+    if can_move_limit and not report.has("time-outs-at-terminations"):
+        if any(terminations):
+            worst: int | None = terminations.index(max(terminations))
+        else:
+            worst = episode_ends.first_termination(env, _SLOWEST * steps) if at_limit.can_be_moved else None
+        if worst is not None:
+            report.add(episode_ends.time_outs_at_termination_of(env, worst))
     return True

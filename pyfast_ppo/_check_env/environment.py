@@ -30,6 +30,10 @@ def time_outs(env: VecEnv, extras: dict) -> Tensor:
     return extras["time_outs"] > 0 if "time_outs" in extras else _none(env)
 
 
+def tells_terminations(env: VecEnv, extras: dict) -> bool:
+    return "terminated" in extras or hasattr(innermost(env), "reset_terminated")
+
+
 def terminated(env: VecEnv, extras: dict) -> Tensor:
     """bool ``[E]``: from the wrapper, or from Isaac Lab's and mjlab's environments; all false where neither says."""
     values = extras["terminated"] if "terminated" in extras else getattr(innermost(env), "reset_terminated", None)

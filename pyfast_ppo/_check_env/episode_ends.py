@@ -9,7 +9,13 @@ from rsl_rl.env import VecEnv
 from torch import Tensor
 
 from pyfast_ppo._check_env.calls import begin, call, gaussian_actions, move_to_limit
-from pyfast_ppo._check_env.environment import innermost, is_finite_horizon, terminated, time_outs
+from pyfast_ppo._check_env.environment import (
+    innermost,
+    is_finite_horizon,
+    tells_terminations,
+    terminated,
+    time_outs,
+)
 from pyfast_ppo._check_env.finding import Finding
 from pyfast_ppo._check_env.groups import count
 from pyfast_ppo._check_env.step import Step
@@ -43,6 +49,8 @@ class LimitWatch:
         self._age: Tensor | int = 0  # [E], steps of the running episodes; until the limit is moved for the first time
         self._ends_at_limit = 0
         self._is_marked = False
+        self.can_be_moved = False
+        """Whether a move of the limit was seen to time an episode out."""
         self._moves = 0
         self._dones_at_moves: list[Tensor] = []  # bool, of the environments whose limit was moved
         self._other_dones: list[Tensor] = []  # bool, of the others
@@ -51,6 +59,7 @@ class LimitWatch:
         self._dones_at_moves.append(step.dones[step.limit_moved])
         self._other_dones.append(step.dones[~step.limit_moved])
         is_at_move = bool(step.limit_moved.any())
+        self.can_be_moved |= bool((step.time_outs & step.limit_moved).any())
         self._moves += is_at_move
         if not self._moves:
             self._age = self._age + 1
@@ -80,6 +89,18 @@ class LimitWatch:
 
 def time_outs_at_terminations(step: Step) -> Finding | None:
     return _at_terminations(step.time_outs & step.terminated)
+
+
+def first_termination(env: VecEnv, steps: int) -> int | None:
+    """After how many steps of an episode, of at most so many, a first environment terminates."""
+    begin(env)
+    for index in range(steps):
+        _, _, _, extras = call(env, "step", gaussian_actions(env))
+        if not tells_terminations(env, extras):
+            return None
+        if terminated(env, extras).any():
+            return index
+    return None
 
 
 def time_outs_at_termination_of(env: VecEnv, index: int) -> Finding | None:

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     environment.add_argument(
         "--env",
         metavar="ID",
-        help="look at this Gymnasium task (also module:id) for known faults (docs/check_env.md); exit code 1: found",
+        help="look at this Gymnasium task (also module:id) for known faults (docs/check_env.md); exit code 1: found,"
+        " and not notes alone",
     )
     environment.add_argument("--task", metavar="NAME", help="the same for a task of Isaac Lab or mjlab")
     parser.add_argument("--num-envs", type=positive, metavar="N", help=f"environments ({_NUM_ENVS})")
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report, or the findings about an environment. Returns 0, or 1 where something was found.
+    """Print the report, or the findings about an environment. Returns 0, or 1 where more than notes was found.
 
     Raises:
         UserError: An argument is wrong, or the environment cannot be made.
@@ -65,15 +66,16 @@ def _look_at_environment(args: argparse.Namespace) -> int:
     from pyfast_ppo.check_env import DEFAULT_STEPS, find_faults
 
     steps, num_envs = args.steps or DEFAULT_STEPS, args.num_envs or _NUM_ENVS
-    device = args.device or (default_device() if args.task else "cpu")
+    device = args.device or ("cpu" if args.task is None else default_device())
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    name = args.env or args.task
-    if args.env:
+    if args.task is None:
+        name = args.env
         env, config = _make_gymnasium(name, num_envs, device)
     else:
+        name = args.task
         env, config = make_simulated(name, num_envs, device, _SEED)
     with contextlib.closing(env):
         findings = find_faults(env, config, steps)
@@ -82,7 +84,7 @@ def _look_at_environment(args: argparse.Namespace) -> int:
         console.say(str(finding))
     if not findings:
         console.say(f"{name}: nothing found in {steps} steps of {num_envs} environment{'s' if num_envs > 1 else ''}.")
-    return 1 if findings else 0
+    return 0 if all(finding.is_note for finding in findings) else 1
 
 
 def _make_gymnasium(name: str, num_envs: int, device: str) -> tuple[VecEnv, dict | None]:

@@ -30,6 +30,9 @@ class Settings:
                 raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"unknown algorithm {self.algorithm!r}: it must be one of {', '.join(ALGORITHMS)}")
+        for name, lowest in (("iterations", 1), ("num_envs", 1), ("seed", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
 
 
 def default_iterations(env: str) -> int:

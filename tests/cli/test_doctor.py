@@ -96,6 +96,20 @@ def test_findings_are_printed_and_are_the_exit_code(run_command, monkeypatch):
     assert outcome.out.startswith("time-outs-format: ")
 
 
+def test_notes_alone_are_no_failure(run_command, monkeypatch):
+    step = GymnasiumVecEnv.step
+
+    def without_final_obs(self, actions):
+        obs, rewards, *_ = step(self, actions)
+        ended = torch.ones(self.num_envs, dtype=torch.long)
+        return obs, rewards, ended, {"time_outs": ended.bool()}
+
+    monkeypatch.setattr(GymnasiumVecEnv, "step", without_final_obs)
+    outcome = run_command("doctor", "--env", "InvertedPendulum-v5", "--num-envs", 2, "--steps", 8)
+    assert outcome.code == 0
+    assert outcome.out.startswith("note: no-final-obs: ") and len(outcome.out.splitlines()) == 1
+
+
 class Camera(gymnasium.Env):
     """Its picture has the channels last, and is handed out flat."""
 
@@ -126,6 +140,8 @@ def test_a_flat_image_is_found_and_is_not_trained(run_command):
     ("flags", "message"),
     [
         (["--env", "InvertedPendulum-v99"], "no Gymnasium task"),
+        (["--env", ""], "no Gymnasium task ''"),
+        (["--task", ""], "needs Isaac Lab or mjlab"),
         (["--env", "CartPole-v1"], "Box with a float dtype"),
         (["--steps", 3], "--steps goes with --env or --task"),
         (["--num-envs", 3], "--num-envs goes with --env or --task"),

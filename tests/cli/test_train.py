@@ -263,6 +263,8 @@ def test_resume_without_what_it_needs_is_refused(train, tmp_path):
     assert_one_sentence(train("--resume", tmp_path), 2, "unknown algorithm")
     (tmp_path / "config.json").write_text('{"settings": {"num_envs": "many"}}')
     assert_one_sentence(train("--resume", tmp_path), 2, "num_envs must be of type int, got 'many'")
+    (tmp_path / "config.json").write_text('{"settings": {"seed": -1}}')
+    assert_one_sentence(train("--resume", tmp_path), 2, "seed must be at least 0, got -1")
 
 
 def test_resume_with_another_task_is_refused(train, tmp_path):

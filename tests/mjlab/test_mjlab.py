@@ -99,6 +99,9 @@ class TestClip:
         assert seen["tighter"] == [-0.3, 1.0]
         assert seen["executed"] == pytest.approx(-0.3)
 
+    def test_a_second_wrapper_has_its_own_clip(self, behaviour):
+        assert behaviour["clip_and_declared_space"]["again"] == pytest.approx([-0.3, 1.5, 1.5])
+
     def test_without_a_clip_the_space_is_left_alone(self, behaviour):
         assert behaviour["clip_and_declared_space"]["none"] == [None, True]
 

@@ -232,6 +232,9 @@ def main() -> None:
     roll(clipped)
     executed = torch.cat(base.executed)
     result["executed"] = [executed.amin(0).tolist(), executed.amax(0).tolist()] == [[-0.75, -0.75], [0.5, 1.0]]
+    again = Ours(base, clip_actions=2.0)
+    result["clip_of_a_second_wrapper"] = [bound.tolist() for bound in again.action_bounds] == [[-1.0, -1.0], [0.5, 2.0]]
+    result["no_clip_again"] = Ours(base).action_space == Drifting().action_space
     without = roll(Ours(Drifting(), final_obs=False))
     result["final_obs_off"] = not any("final_obs" in extras for _, (*_, extras), _ in without)
 

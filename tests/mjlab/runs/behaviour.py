@@ -64,6 +64,8 @@ def clip_and_declared_space() -> dict[str, Any]:
     result["tighter"] = [bare.single_action_space.low, bare.single_action_space.high]
     env.step(torch.full((E, 1), -9.0))
     result["executed"] = bare.action_manager.action[0].item()
+    again = RslRlVecEnvWrapper(bare, clip_actions=1.5)
+    result["again"] = [again.action_bounds[0].item(), again.action_bounds[1].item(), bare.single_action_space.high]
     bare.single_action_space = Space(shape=(1,), dtype="int64")
     result["not_a_box"] = error_of(lambda: RslRlVecEnvWrapper(bare, clip_actions=1.0))
     result["one_per_joint"] = error_of(lambda: RslRlVecEnvWrapper(make_env(), clip_actions=([-1.0, -1.0], 1.0)))
