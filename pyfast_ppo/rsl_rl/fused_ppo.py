@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -72,8 +73,9 @@ class FusedPPO(FusedRollout):
       the update.
     - A step whose gradients are not finite is not taken, and is counted in ``loss_dict["nonfinite_steps"]``; an update
       in which no step could be taken raises ``NonFiniteError`` (see ``nonfinite``). So the networks stay finite and the
-      error names the frame, but one infinite reward ends the run: normalised over the rollout, all advantages are NaN.
-      Normalised per mini-batch, those are that have a row of that episode up to there.
+      error names the frame. But one infinite reward ends the run: advantages are normalised over the rollout, and then
+      all of them are NaN. With ``normalize_advantage_per_mini_batch`` only some mini-batches are lost: those with a row
+      of that episode, of the infinite reward's step or before it.
     - The adaptive learning rate is decided on the device, without a host sync: within an update a hook of the optimizer
       finds it as a 0-dim tensor. Clipping and the step of Adam or AdamW are one operation, which leaves an unusual
       optimizer to torch (see ``adam.py``); SGD without momentum takes torch's fused step.
@@ -139,14 +141,17 @@ class FusedPPO(FusedRollout):
                 on a GPU, hence not the default.
             keep_random_stream: Draw the unused actions, so that random numbers come in the same order as in PPO: only
                 for comparisons, number by number.
-            adapt_before_first_step: Let the adaptive learning rate act on the first mini-batch, too, if its KL is not
-                exactly 0: what PPO does in mixed precision, where rounding does not hide that KL.
+            adapt_before_first_step: Let the adaptive learning rate act on the first mini-batch, too, if its KL is more
+                than rounding (1e-12): what PPO does in mixed precision, where rounding does not hide that KL.
 
         Raises:
             ValueError: An unknown ``backend``, ``kl_direction``, ``kl_rule``, ``time_out_bootstrap`` or ``nonfinite``;
-                a ``kl_target`` without a ``kl_coef``; ``reshuffle`` with recurrent models; ``kl_coef``, ``kl_rule``,
-                ``early_stop_kl``, ``reshuffle`` or ``nonfinite="raise"`` with a policy that is not a diagonal Gaussian;
-                ``early_stop_kl`` with an optimizer that cannot skip a step.
+                a negative ``kl_coef``, or ``desired_kl`` of the adaptive schedule; a ``kl_target``, ``early_stop_kl``,
+                or ``desired_kl`` of ``kl_rule="proportional"``, that is not positive; a ``kl_target`` without a
+                ``kl_coef``; ``reshuffle`` with recurrent models; ``kl_coef``, ``kl_rule``, ``early_stop_kl``,
+                ``reshuffle`` or ``nonfinite="raise"`` with a policy that is not a diagonal Gaussian; ``early_stop_kl``
+                with an optimizer that cannot skip a step.
+            TypeError: One of those numbers is none.
             RuntimeError: The backend is not available.
         """
         super().__init__(
@@ -243,6 +248,12 @@ class FusedPPO(FusedRollout):
         for option, choices in _CHOICES.items():
             if (name := getattr(self, option)) not in choices:
                 raise ValueError(f"{option} must be one of {choices}, got {name!r}")
+        _check_number("kl_coef", self.kl_coef)
+        for name in ("kl_target", "early_stop_kl"):
+            if (number := getattr(self, name)) is not None:
+                _check_number(name, number, positive=True)
+        if self.schedule == "adaptive" and self.desired_kl is not None:
+            _check_number("desired_kl", self.desired_kl, positive=self.kl_rule == "proportional")
         if self.kl_target is not None and not self.kl_coef > 0.0:
             raise ValueError(f"kl_target adapts kl_coef, which must then be positive, got {self.kl_coef}")
 
@@ -616,3 +627,12 @@ class FusedPPO(FusedRollout):
             if self._kl_control.penalty is not None and (load_cfg is None or load_cfg.get("optimizer")):
                 self.kl_coef = loaded_dict.get(_CHECKPOINT_KEY, {}).get("kl_coef", self.kl_coef)
         return iteration
+
+
+def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):  # YAML's 1e-2 is a string
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if positive and not value > 0.0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be positive, got {value}")
+    if not value >= 0.0:  # type: ignore[operator]
+        raise ValueError(f"{name} must not be negative, got {value}")

@@ -223,14 +223,32 @@ def test_which_optimizers_take_a_tensor() -> None:
 
 
 def test_wrong_arguments(new_run: Callable) -> None:
+    adaptive = {"schedule": "adaptive"}
     for args, message in (
         ({"kl_rule": "adaptive"}, r"kl_rule must be one of \('rsl_rl', 'rsl_rl_4', 'proportional'\), got 'adaptive'"),
         ({"kl_target": 0.01}, "kl_target adapts kl_coef, which must then be positive, got 0.0"),
-        ({"kl_target": 0.0, "kl_coef": 1.0}, "desired_kl must be positive, got 0.0"),
-        ({"early_stop_kl": -1.0}, "limit must be positive, got -1.0"),
+        ({"kl_target": 0.0, "kl_coef": 1.0}, "kl_target must be positive, got 0.0"),
+        ({"kl_target": -1.0, "kl_coef": 1.0}, "kl_target must be positive, got -1.0"),
+        ({"early_stop_kl": 0}, "early_stop_kl must be positive, got 0"),
+        ({"early_stop_kl": -1.0}, "early_stop_kl must be positive, got -1.0"),
+        ({"kl_coef": -0.1}, "kl_coef must not be negative, got -0.1"),
+        ({"kl_coef": math.nan}, "kl_coef must not be negative, got nan"),
+        ({**adaptive, "desired_kl": -0.01}, "desired_kl must not be negative, got -0.01"),
+        ({**adaptive, "desired_kl": 0.0, "kl_rule": "proportional"}, "desired_kl must be positive, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             new_run(FUSED, args=args)
+    for name in ("kl_coef", "kl_target", "early_stop_kl", "desired_kl"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got '1e-2'"):
+            new_run(FUSED, args={**adaptive, "kl_coef": 1.0, name: "1e-2"})
+    new_run(FUSED, args={"schedule": "fixed", "desired_kl": None})
+
+
+def test_a_setting_that_is_changed_is_looked_at(new_run: Callable) -> None:
+    run = new_run(FUSED, args={"schedule": "adaptive"})
+    run.alg.desired_kl = "1e-2"
+    with pytest.raises(TypeError, match="desired_kl must be a number, got '1e-2'"):
+        run.learn(1)
 
 
 def test_arguments_are_those_of_the_docstring() -> None:
