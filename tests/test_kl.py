@@ -379,7 +379,7 @@ def exact_categorical(p: Tensor, q: Tensor) -> list[Tensor]:
 def test_categorical_is_accurate_near_zero(shared: float, step: float, categories: int) -> None:
     """In float32, each row relative to itself, and so its gradients; the usual form loses all digits, and its sign.
 
-    Whatever all logits of q share, though it rounds how they differ from p's.
+    Whatever all logits of q share, though it rounds how they differ from p's: beside 0.9 by up to 28% of a KL of 5e-13.
     """
     g = torch.Generator().manual_seed(3)
     p = torch.randn(20, categories, generator=g)
