@@ -118,6 +118,8 @@ def _apply(operation: str, backend: str | None, device: torch.device, flat: tupl
     run = _backend(backend, device, dtype)
     if run is None:
         return getattr(reference, operation)(*(reference.savable(t).to(dtype) for t in flat))
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in flat)):
+        return getattr(run, operation)(*flat)  # what autograd would keep costs copies in inference mode
     return _Gaussian.apply(run, operation, *flat)
 
 

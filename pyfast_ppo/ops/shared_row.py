@@ -26,7 +26,10 @@ def shared_row(t: Tensor) -> Tensor:
     The gradient of the row goes back in equal parts to the N rows of the view. Whatever the view was expanded from sums
     over them, so that it gets the row's gradient; no [N, A] memory is written.
     """
-    transformed = not torch.compiler.is_compiling() and is_transformed()
+    compiling = torch.compiler.is_compiling()
+    transformed = not compiling and is_transformed()
+    if not compiling and not transformed and not t.requires_grad:
+        return t[(0,) * (t.dim() - 1)].contiguous()
     return (_TransformableSharedRow if transformed else _SharedRow).apply(t)
 
 
