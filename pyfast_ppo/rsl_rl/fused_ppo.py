@@ -506,8 +506,8 @@ class FusedPPO(FusedRollout):
         augmented = self.symmetry is not None and self.symmetry.use_data_augmentation
         if self.symmetry:
             batch = copy.copy(batch)  # symmetry puts other tensors into the batch that it is given
-            # and the user's function may write into the tensors
-            batch.observations, batch.actions = batch.observations.clone(), batch.actions.clone()
+            if augmented:  # and the user's function may write into the tensors
+                batch.observations, batch.actions = batch.observations.clone(), batch.actions.clone()
             self.symmetry.augment_batch(batch, original_batch_size)
 
         rnd_loss = symmetry_loss = None
@@ -524,6 +524,8 @@ class FusedPPO(FusedRollout):
             if self.rnd:
                 rnd_loss = self.rnd.compute_loss(batch.observations[:original_batch_size])
             if self.symmetry:
+                if not augmented:  # so it may here; backward needs what the networks have read
+                    batch.observations = batch.observations.clone()
                 symmetry_loss = self.symmetry.compute_loss(self.actor, batch, original_batch_size)
 
         std = row_behind(std)

@@ -87,6 +87,11 @@ def works_row_by_row(models: Iterable[nn.Module]) -> bool:
     )
 
 
+def has_running_statistics(model: nn.Module) -> bool:
+    """Of batches: each pass in training mode moves them."""
+    return any(isinstance(module, _NormBase) and module.track_running_stats for module in model.modules())
+
+
 @contextmanager
 def statistics_at_rest(model: nn.Module) -> Iterator[None]:
     """Inside, normalizations over the batch use the statistics that they have, and do not move them."""

@@ -18,7 +18,7 @@ from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import arithmetic_dtype
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, own_functions
-from pyfast_ppo.rsl_rl.mini_batches import own_methods
+from pyfast_ppo.rsl_rl.mini_batches import has_running_statistics, own_methods
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
     Instead,
@@ -86,7 +86,9 @@ class FusedRollout(PPO):
             critic,
             [*groups, *getattr(critic, "obs_groups_2d", [])],
             self.storage,
-            same_later=not critic.is_recurrent and (NORMALIZES_IN_UPDATE or not normalizes(critic)),
+            same_later=not critic.is_recurrent
+            and not has_running_statistics(critic)
+            and (NORMALIZES_IN_UPDATE or not normalizes(critic)),
         )
 
     def act(self, obs: TensorDict) -> Tensor:

@@ -380,6 +380,14 @@ def test_one_pass_of_the_critic_more_per_iteration(new_run: Callable) -> None:
     assert calls[with_final_obs] == STEPS + 2
 
 
+def test_a_critic_whose_statistics_move_sees_final_observations_at_their_step(new_run: Callable) -> None:
+    run, _ = recorded_run(new_run, {}, rollout=False)
+    run.alg.critic.mlp.insert(1, torch.nn.BatchNorm1d(run.alg.critic.mlp[0].out_features))
+    run.alg._final_values = run.alg._new_final_values()
+    run.rollout()
+    assert not [t for t in run.alg._final_values.memory() if t.dim() > 2 and t.shape[-1] > 1]
+
+
 def test_large_observations_are_not_kept(new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The critic sees them at their step; on the CPU those of time-outs only, and on a GPU all."""
     returns, rows = [], []

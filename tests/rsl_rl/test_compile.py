@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from rsl_rl.modules.distribution import GaussianDistribution
+from torch import Tensor
+
+from pyfast_ppo.rsl_rl import rollout
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 
@@ -55,9 +59,13 @@ def test_compiled_models_stay_with_ppo(train: Callable) -> None:
 @pytest.mark.parametrize("keep_random_stream", [False, True])
 @pytest.mark.parametrize("actor", [{}, HETEROSCEDASTIC], ids=["state_independent", "heteroscedastic"])
 def test_captured_graphs_give_the_bits_of_plain_models(
-    actor: dict, keep_random_stream: bool, train: Callable, captured_graphs: list
+    actor: dict, keep_random_stream: bool, train: Callable, captured_graphs: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # an activation that has no kernel of ours: plain models use those that there are
+    # plain models use the kernels that there are: an activation that has none, and torch's log-probability
+    def formula(distribution: GaussianDistribution, outputs: Tensor, *, backend: str | None) -> Tensor:
+        return type(distribution).log_prob(distribution, outputs)
+
+    monkeypatch.setattr(rollout, "log_prob_at_once", formula)
     config = {"actor": {**actor, "activation": "tanh"}, "critic": {"activation": "tanh"}}
     config["args"] = {"schedule": "adaptive", "keep_random_stream": keep_random_stream}
     plain = train(FUSED, 3, **config)

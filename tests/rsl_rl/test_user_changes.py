@@ -274,6 +274,33 @@ def test_what_decides_how_actions_are_drawn_can_be_pickled(new_run: Callable) ->
         pickle.loads(pickle.dumps(getattr(alg, name)))
 
 
+# --- symmetry ---------------------------------------------------------------------------------------------------------
+
+
+def mirror_in_place(env: object, obs: object, actions: Tensor | None) -> tuple:
+    """Writes into what it is given."""
+    if obs is not None:
+        before = obs.clone()
+        obs["policy"].neg_()
+        obs = torch.cat([before, obs])
+    return obs, None if actions is None else torch.cat([actions, -actions])
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_symmetry_that_writes_into_its_observations(augmented: bool, new_run: Callable) -> None:
+    symmetry = {"use_data_augmentation": augmented, "use_mirror_loss": True, "mirror_loss_coeff": 0.5}
+    config = {"obs_groups": {"critic": ["policy"]}}
+    stock, fused = (
+        new_run(algorithm, args={"schedule": "fixed", "symmetry_cfg": symmetry, **more}, **config)
+        for algorithm, more in (("PPO", {}), (FUSED, PARITY))
+    )
+    for run in (stock, fused):
+        run.alg.symmetry.data_augmentation_func = mirror_in_place
+        torch.manual_seed(0)
+        run.learn(1)
+    assert fused.distance(stock) < 1e-6
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
