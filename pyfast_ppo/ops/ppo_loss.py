@@ -182,8 +182,8 @@ def ppo_loss(
 
     Returns:
         ``PPOLossOutput``. Gradients flow from ``loss`` to ``mean``, ``std`` and ``values`` alone. A second derivative
-        is refused. (Of what torch.compile compiled, torch refuses it in ``backward()`` alone: ``torch.autograd.grad``
-        and ``backward(inputs=...)`` may leave it out without a word.)
+        is refused. (Of what torch.compile compiled, torch refuses it in ``backward()`` alone, and before 2.12 not even
+        there: else it may be left out without a word.)
 
     Raises:
         ValueError: A shape, device, coefficient or backend that does not fit; A = 0; N = 0.
