@@ -18,6 +18,7 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
   });
   // false: kernels are launched, but do nothing; for measuring what a launch costs the host
   m.def("run_kernels", [](bool run) { emulation::Machine::get().idle = !run; });
+  m.def("num_launches", [] { return emulation::Machine::get().num_launches; });
   // the numbers of CUDA's errors (0: none), the driver's version, and how many GPUs there are
   m.def(
       "pretend",

@@ -70,8 +70,10 @@ class Machine {
   }
 
   bool idle = false;  // launches are taken, and nothing runs
+  int64_t num_launches = 0;
 
   void run(dim3 grid, dim3 block, std::function<void()> kernel) {
+    ++num_launches;
     if (idle) return;
     kernel_ = std::move(kernel);
     gridDim = grid;
