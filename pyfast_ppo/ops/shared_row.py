@@ -29,7 +29,7 @@ def shared_row(t: Tensor) -> Tensor:
     compiling = torch.compiler.is_compiling()
     transformed = not compiling and is_transformed()
     if not compiling and not transformed and not t.requires_grad:
-        return t[(0,) * (t.dim() - 1)].contiguous()
+        return first_row(t).contiguous()
     return (_TransformableSharedRow if transformed else _SharedRow).apply(t)
 
 
@@ -47,7 +47,7 @@ class _SharedRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t: Tensor) -> Tensor:
         ctx.shape = t.shape
-        return _first_row(t)
+        return first_row(t).clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class _TransformableSharedRow(torch.autograd.Function):
 
     @staticmethod
     def forward(t: Tensor) -> Tensor:
-        return _first_row(t)
+        return first_row(t).clone()
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -76,8 +76,9 @@ class _TransformableSharedRow(torch.autograd.Function):
         return tangent.mean(tuple(range(tangent.dim() - 1)))
 
 
-def _first_row(t: Tensor) -> Tensor:
-    return t[(0,) * (t.dim() - 1)].clone()
+def first_row(t: Tensor) -> Tensor:
+    """[..., A] -> [A]."""
+    return t[(0,) * (t.dim() - 1)]
 
 
 def spread_over_rows(grad: Tensor, shape: torch.Size) -> Tensor:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from pyfast_ppo import backends
 from pyfast_ppo.ops.gaussian import gaussian_kl
 from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, ppo_loss_and_grad
-from pyfast_ppo.ops.shared_row import is_shared_row
+from pyfast_ppo.ops.shared_row import first_row, is_shared_row
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import METRICS
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, options
@@ -32,7 +32,6 @@ from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
     Instead,
     detach_last_forward,
-    first_row,
     law_not_gaussian,
     mean_of,
     reason_not_fused,

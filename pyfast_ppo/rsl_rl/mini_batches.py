@@ -11,9 +11,8 @@ from rsl_rl.storage import RolloutStorage
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from pyfast_ppo.ops.shared_row import is_shared_row
+from pyfast_ppo.ops.shared_row import first_row, is_shared_row
 from pyfast_ppo.rsl_rl.mlp import has_own_ways
-from pyfast_ppo.rsl_rl.policy import first_row
 
 AT_ONCE_BYTES = 2**28
 """Of a rollout's observations: up to here all mini-batches are gathered before the first step and kept for all epochs,

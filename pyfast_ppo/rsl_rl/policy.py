@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyfast_ppo.ops.gaussian import gaussian_log_prob
-from pyfast_ppo.ops.shared_row import is_shared_row
+from pyfast_ppo.ops.shared_row import first_row, is_shared_row
 from pyfast_ppo.versions import release
 
 NORMALIZES_IN_UPDATE = release(version("rsl-rl-lib")) >= (5, 5)
@@ -113,11 +113,6 @@ def keep_all_stds(storage: RolloutStorage) -> None:
     """Gives the storage memory for [T, E, A] stds where it had one row, which it then has in each place."""
     if storage.distribution_params is not None:
         storage.distribution_params = tuple(params.contiguous() for params in storage.distribution_params)
-
-
-def first_row(t: Tensor) -> Tensor:
-    """[..., A] -> [A]."""
-    return t[(0,) * (t.dim() - 1)]
 
 
 def sample_without_waiting(distribution: GaussianDistribution) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -60,7 +59,6 @@ class FusedRollout(PPO):
         self._computed_returns = False  # since the rollout began, by this class
         self._uses_final_values = True
         self._own_methods: list[str] = []  # of the storage
-        self._acting: Callable[[], AbstractContextManager] = nullcontext
         self._is_gaussian = False
         self._captured_rollout: Captured[None] | None = None
         self._rollout_key: tuple = ()
@@ -69,8 +67,6 @@ class FusedRollout(PPO):
     def _fuse_rollout(self, cuda_graph: bool) -> str | None:
         """What can be done for a diagonal Gaussian policy only. Returns why it cannot be a CUDA graph, if it cannot."""
         self._is_gaussian = True
-        log_prob = partial(log_prob_at_once, backend=self.backend)
-        self._acting = Instead(self._raw_actor, sample=sample_without_waiting, log_prob=log_prob)
         if not cuda_graph:
             return None
         reason = self._reason_rollout_not_captured()
@@ -116,9 +112,15 @@ class FusedRollout(PPO):
         return actions
 
     def _act(self, obs: TensorDict) -> Tensor:
-        compiled = self.actor is not self._raw_actor  # then the compiler makes of the sampling what it can
-        with nullcontext() if compiled else self._acting(), self._critic_beside_actor():
+        with self._acting(), self._critic_beside_actor():
             return super().act(obs)
+
+    def _acting(self) -> AbstractContextManager[None]:
+        compiled = self.actor is not self._raw_actor  # then the compiler makes of the sampling what it can
+        if compiled or not self._is_gaussian:
+            return nullcontext()
+        log_prob = partial(log_prob_at_once, backend=self.backend)
+        return Instead(self._raw_actor, sample=sample_without_waiting, log_prob=log_prob)()
 
     def _critic_beside_actor(self) -> AbstractContextManager[None]:
         if not self._two_streams or self.critic is not self._raw_critic:

@@ -269,9 +269,7 @@ def test_a_copy_acts_with_its_own_policy(new_run: Callable) -> None:
 
 
 def test_what_decides_how_actions_are_drawn_can_be_pickled(new_run: Callable) -> None:
-    alg = new_run(FUSED).alg
-    for name in ("_acting", "_without_sampling"):
-        pickle.loads(pickle.dumps(getattr(alg, name)))
+    pickle.loads(pickle.dumps(new_run(FUSED).alg._without_sampling))
 
 
 # --- symmetry ---------------------------------------------------------------------------------------------------------
@@ -381,11 +379,14 @@ def test_a_backend_that_is_set_later(new_run: Callable, monkeypatch: pytest.Monk
     steps = []
     step = backends.cpu.adam_step
     monkeypatch.setattr(backends.cpu, "adam_step", lambda *args: (steps.append(1), step(*args))[1])
+    log_probs = []
+    log_prob = backends.cpu.gaussian_log_prob
+    monkeypatch.setattr(backends.cpu, "gaussian_log_prob", lambda *args: (log_probs.append(1), log_prob(*args))[1])
     run.learn(1)
-    assert len(steps) == 4
+    assert (len(steps), len(log_probs)) == (4, 6)
     run.alg.backend = "eager"
     run.learn(1)
-    assert len(steps) == 4
+    assert (len(steps), len(log_probs)) == (4, 6)
 
 
 def test_no_clipping_is_infinity(new_run: Callable) -> None:
