@@ -11,6 +11,7 @@
 #include "../math/gaussian.h"
 #include "../math/ppo.h"
 #include "launch.cuh"
+#include "prefetch.cuh"
 #include "reduce.cuh"
 
 namespace pyfast_ppo::cuda {
@@ -32,10 +33,19 @@ enum class Std {
   kPerRow      // std is [N, A]; old_std is read per row, too
 };
 
+// A tensor whose rows are asked for before they are loaded.
+struct Prefetched {
+  const char* data;
+  int64_t num_rows, row_bytes;
+};
+constexpr int kMostPrefetched = 10;
+
 template <class T>
 struct Call {
   PpoLossArgs args;
   Gather gather;
+  Prefetched prefetched[kMostPrefetched];
+  int num_prefetched;
   T* partials;  // [sums, blocks], from kFirstSum on
   unsigned* counter;
   int64_t num_tiles;
@@ -154,6 +164,17 @@ __device__ __forceinline__ void read_columns(const View& view, const Place<kVect
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) keep(e, read<T>(view, 0, place.col(e)));
   }
+}
+
+// Asks for what a tile will read, each tensor by a warp. Else nothing of it would be on the way while the block computes
+// the tile before.
+template <class T>
+__device__ __forceinline__ void prefetch_tile(const Call<T>& call, int64_t tile) {
+  const int which = threadIdx.x / kWarp;
+  if (tile >= call.num_tiles || which >= call.num_prefetched || threadIdx.x % kWarp != 0) return;
+  const Prefetched& of = call.prefetched[which];
+  const int64_t first = tile * call.tile_rows, rows = min(of.num_rows - first, static_cast<int64_t>(call.tile_rows));
+  if (rows > 0) prefetch_to_l2(of.data + first * of.row_bytes, rows * of.row_bytes);
 }
 
 // The other way; `begin` is the tile's first element in the output.
@@ -487,6 +508,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocksPerProcessor
     if (t < rows) in = RowInputs<T>(call, first + t, reader);
     load<Net>(mean, args.mean, place, own, count, T(0));
     if constexpr (kStd == Std::kPerRow) load<Net>(std, args.std, place, own, count, T(1));
+    if constexpr (kVector) prefetch_tile(call, tile + gridDim.x);
     if (tile == blockIdx.x) {  // the block's first; what is shared here is for after the next barrier
       if (warp == kWarps - 1 && lane < kNumWeights) read_coefficient(call, lane, shared);
       if (warp == kWarps - 2) read_row_of_std<T, kStd>(args, shared);
@@ -728,6 +750,23 @@ bool fits_vector(const PpoLossArgs& args, const Gather& gather) {
          args.returns.dtype == rollout && args.old_values.dtype == rollout;
 }
 
+// Those of a block's next tiles: what is read row by row, where the rows lie side by side.
+template <class T>
+void choose_prefetched(Call<T>& call) {
+  static_assert(kMostPrefetched <= kWarps, "a warp for each");
+  const PpoLossArgs& args = call.args;
+  const auto add = [&](const View& view, int64_t num_rows, int64_t width) {
+    if (view.row_stride != width) return;
+    call.prefetched[call.num_prefetched++] = {static_cast<const char*>(view.data), num_rows,
+                                              width * size_of(view.dtype)};
+  };
+  for (const View* view : {&args.mean, &args.std, &args.actions}) add(*view, args.num_rows, args.num_actions);
+  for (const View* view : {&args.old_mean, &args.old_std}) add(*view, args.num_original, args.num_actions);
+  for (const View* view : {&args.values, &args.old_log_prob, &args.advantages, &args.returns, &args.old_values}) {
+    add(*view, args.num_rows, 1);
+  }
+}
+
 template <class T, class Net, bool kVector>
 void launch_tiles(Call<T> call, const Stream& stream) {
   const PpoLossArgs& args = call.args;
@@ -736,6 +775,7 @@ void launch_tiles(Call<T> call, const Stream& stream) {
   call.sum_in_fours = args.num_actions % kPerThread == 0;
   const int64_t A = args.num_actions, most = resident_blocks(stream.device, kBlocksPerProcessor);
   call.column_groups = A < kThreads ? static_cast<int>(kThreads / A) : 1;
+  if (kVector && call.num_tiles > most && call.gather.index == nullptr) choose_prefetched(call);
   const auto kernel = args.std.row_stride != 0       ? ppo_loss_kernel<T, Net, Std::kPerRow, kVector>
                       : args.old_std.row_stride != 0 ? ppo_loss_kernel<T, Net, Std::kOldPerRow, kVector>
                                                      : ppo_loss_kernel<T, Net, Std::kShared, kVector>;

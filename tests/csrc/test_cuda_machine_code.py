@@ -88,17 +88,31 @@ def test_two_blocks_of_the_loss_fit(usage: dict) -> None:
 
 
 @pytest.fixture(scope="module", params=[a for a in ("sm_80", "sm_90", "sm_120") if a in ARCHITECTURES])
-def accesses(request: pytest.FixtureRequest) -> dict[str, Counter]:
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def accesses(architecture: str) -> dict[str, Counter]:
     """kernel -> how often each kind of access to global or local memory stands in its program."""
     found: dict = defaultdict(Counter)
     name = ""
-    for line in dumped("-sass", "-arch", request.param).splitlines():
+    for line in dumped("-sass", "-arch", architecture).splitlines():
         if match := re.search(r"Function : (\w+)", line):
             name = readable(match[1])
+        elif "UBLKPF.L2" in line:
+            found[name]["prefetch"] += 1
         elif match := re.search(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)", line):
             width = next((w for w in ("128", "64") if f".{w}" in match[2]), "32 or less")
             found[name][f"{match[1]} {width}"] += 1
     return found
+
+
+def test_prefetch(accesses: dict[str, Counter], architecture: str) -> None:
+    """Where blocks take several tiles, and the GPU can."""
+    for name, count in accesses.items():
+        tiles = name.startswith("ppo_loss_kernel") and "vector" in name
+        assert count["prefetch"] == (1 if tiles and architecture != "sm_80" else 0), name
 
 
 def test_wide_accesses(accesses: dict[str, Counter]) -> None:
@@ -126,11 +140,11 @@ def test_wide_accesses(accesses: dict[str, Counter]) -> None:
         assert not any(kind[:3] in ("LDL", "STL") for kind in count), f"{name} uses local memory: {count}"
 
 
-@pytest.mark.parametrize("architecture", re.findall(r"compute_(\d+)", NOTE))
-def test_code_for_gpus_to_come(architecture: str) -> None:
+@pytest.mark.parametrize("virtual", re.findall(r"compute_(\d+)", NOTE))
+def test_code_for_gpus_to_come(virtual: str) -> None:
     """PTX, which a driver compiles for a GPU that is newer than this build."""
     listed = dumped("--list-ptx")
-    assert re.search(rf"\.sm_{architecture}\.ptx", listed), listed
+    assert re.search(rf"\.sm_{virtual}\.ptx", listed), listed
 
 
 def test_nothing_of_cuda_is_linked_or_shown() -> None:

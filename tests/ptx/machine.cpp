@@ -141,6 +141,7 @@ struct Block {
 struct Counts {
   int64_t instructions = 0, barriers = 0, atomics = 0;
   int64_t load_bytes = 0, load_sectors = 0, store_bytes = 0, store_sectors = 0;
+  int64_t prefetched_bytes = 0;
 };
 
 struct Machine {
@@ -376,6 +377,23 @@ Builder store(bool global, size_t element, size_t count) {
         } else {
           store_shared(block, w, lane, at, bytes.data(), size);
         }
+      });
+    };
+  };
+}
+
+// Asks for whole sixteens of bytes; the first may begin before the tensor whose bytes are wanted.
+Builder prefetch() {
+  return [](const Instruction& i) -> Run {
+    expect_operands(i, 0, 2);
+    return [address = i.of.at(0), bytes = i.of.at(1), offset = i.offset](Block& block, Warp& w, uint32_t mask) {
+      for_lanes(mask, [&](int lane) {
+        const uint64_t at = w.get<uint64_t>(address, lane) + offset;
+        const uint32_t size = w.get<uint32_t>(bytes, lane);
+        check_alignment(at, 16);
+        if (size == 0 || size % 16 != 0) fail("a prefetch of " + std::to_string(size) + " bytes");
+        block.machine->range_of(at + 15, size - 15);
+        block.machine->counts.prefetched_bytes += size;
       });
     };
   };
@@ -824,6 +842,7 @@ class Table {
       add("ldmatrix.sync.aligned.m8n8." + name + ".shared.b16", matrices(true, count));
       add("stmatrix.sync.aligned.m8n8." + name + ".shared.b16", matrices(false, count));
     }
+    add("cp.async.bulk.prefetch.L2.global", prefetch());
     add("cvta.to.global.u64", unary<uint64_t, uint64_t>([](uint64_t a) { return a; }));
   }
 
@@ -1059,7 +1078,8 @@ PYBIND11_MODULE(ptx_machine, m) {
       .def_readonly("load_bytes", &Counts::load_bytes)
       .def_readonly("load_sectors", &Counts::load_sectors)
       .def_readonly("store_bytes", &Counts::store_bytes)
-      .def_readonly("store_sectors", &Counts::store_sectors);
+      .def_readonly("store_sectors", &Counts::store_sectors)
+      .def_readonly("prefetched_bytes", &Counts::prefetched_bytes);
   py::class_<Program>(m, "Program")
       .def(py::init<const std::vector<Program::Row>&, int, std::vector<std::pair<int, uint64_t>>>())
       .def("run", [](const Program& program, int num_blocks, int num_threads, const py::bytes& parameters,

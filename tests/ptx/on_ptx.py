@@ -256,6 +256,7 @@ def judged(launcher: Any, backend: str, case: Case) -> dict[str, Any]:
         "same": all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)),
         "kernels": [name for name, _, _ in launcher.launches],
         "instructions": sum(c.instructions for c in counts),
+        "prefetched_bytes": sum(c.prefetched_bytes for c in counts),
         "load_efficiency": sum(c.load_bytes for c in counts) / (SECTOR * loaded),
         "store_efficiency": sum(c.store_bytes for c in counts) / (SECTOR * stored),
     }

@@ -119,7 +119,7 @@ class Kernel:
             raise ValueError(f"{self.name}: only barrier 0 is known, for all threads: {statement!r}")
         if mnemonic.startswith("mov") and any(o.startswith("{") for o in operands):
             row[0] = mnemonic.replace("mov", "unpack" if operands[0].startswith("{") else "pack")
-        writes = not mnemonic.startswith(("st", "bar", "ret", "exit"))
+        writes = not mnemonic.startswith(("st", "bar", "ret", "exit", "cp.async.bulk.prefetch"))
         for place, operand in enumerate(operands):
             if operand.startswith("["):
                 base, row[5] = self._address(operand[1:-1])

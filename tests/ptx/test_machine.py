@@ -82,6 +82,26 @@ def test_comparisons_with_nan(machine: ModuleType) -> None:
         assert out[0] == expected, how
 
 
+@pytest.mark.parametrize(
+    ("place", "bytes_asked", "complaint"),
+    [
+        (0, 256, None),
+        (0, 264, "264 bytes"),
+        (0, 0, "prefetch of 0 bytes"),
+        (8, 16, "not a multiple of 16"),
+        (16, 256, "outside of the tensors"),
+    ],
+)
+def test_prefetch(machine: ModuleType, place: int, bytes_asked: int, complaint: str | None) -> None:
+    """Within the tensor of 64 numbers, in sixteens of bytes."""
+    body = f"add.s64 %at, %rd1, {place}; cp.async.bulk.prefetch.L2.global [%at], {bytes_asked};"
+    if complaint is None:
+        run(machine, body)
+    else:
+        with pytest.raises(RuntimeError, match=complaint):
+            run(machine, body)
+
+
 def test_lanes_that_branch_apart_meet_again(machine: ModuleType) -> None:
     body = """
     and.b32 %odd, %t, 1;

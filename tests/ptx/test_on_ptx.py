@@ -91,6 +91,21 @@ def test_coalesced(found: dict, backend: str) -> None:
         assert found["cases"][name]["store_efficiency"] > 0.98, name
 
 
+def test_next_tiles_are_asked_for(found: dict, backend: str) -> None:
+    """CUDA's blocks, four at a time here, ask for what further tiles read, but odd bytes at the ends."""
+    wanted = {
+        "loss A=12": 0,  # 333 rows are three tiles of 128
+        "loss A=19": (333 - 4 * 80) * 4 * (4 * 19 + 5),  # four matrices and five numbers a row
+        "loss A=29": (333 - 4 * 52) * 4 * (4 * 29 + 5),
+        "loss A=19 std [A], old std [A]": (333 - 4 * 80) * 4 * (3 * 19 + 5),
+        "loss A=19 std [N, A], new_old": (333 - 4 * 80) * 4 * (3 * 19 + 5),  # 111 rows have an old policy
+        "loss A=29 torch.bfloat16": (333 - 4 * 52) * (3 * 4 * 29 + 2 * 29 + 4 * 4 + 2),
+    }
+    for name, num_bytes in wanted.items() if backend == "cuda" else ():
+        asked = found["cases"][name]["prefetched_bytes"]
+        assert num_bytes - 16 * 10 * 3 < asked < num_bytes + 16 * 10 * 3 and (asked > 0) == (num_bytes > 0), name
+
+
 def test_missing_barriers_show(found: dict, backend: str) -> None:
     """Each of them does, but where Triton puts two in a row."""
     said = found["without_barriers"]
