@@ -34,7 +34,7 @@ class RslRlSchedule:
             ValueError: ``desired_kl`` is negative; ``min_rate`` is above ``max_rate``.
         """
         if not desired_kl >= 0.0:
-            raise ValueError(f"desired_kl must not be negative, got {desired_kl}")
+            raise ValueError(f"desired_kl must be 0 or more, got {desired_kl}")
         _check_range(min_rate=min_rate, max_rate=max_rate)
         self.desired_kl = desired_kl
         self.min_rate = min_rate

@@ -166,8 +166,8 @@ __device__ __forceinline__ void read_columns(const View& view, const Place<kVect
   }
 }
 
-// Asks for what a tile will read, each tensor by a warp. Else nothing of it would be on the way while the block computes
-// the tile before.
+// Asks for what a tile will read, each tensor by a warp. Else nothing of it would be on the way while the block
+// computes the tile before.
 template <class T>
 __device__ __forceinline__ void prefetch_tile(const Call<T>& call, int64_t tile) {
   const int which = threadIdx.x / kWarp;

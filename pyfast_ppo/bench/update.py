@@ -34,7 +34,7 @@ Around = Callable[[str, Callable[[], object]], object]  # runs a part of an iter
 
 
 class TwoStreams(FusedPPO):
-    """In its CUDA graphs the critic runs beside the actor."""
+    """In its CUDA graphs the critic runs beside the actor; by autograd, with four launches more for the std's range."""
 
     _two_streams = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
@@ -31,15 +32,56 @@ def hidden_layers(backend: ModuleType, x: Tensor, *parameters: Tensor) -> Tensor
     return _HiddenLayers.apply(backend, x, *parameters)
 
 
+def forward_pass(backend: ModuleType, x: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """x, and the output of each layer: what ``backward_pass`` needs. Without autograd, as that; ``parameters``: as
+    above."""
+    outputs = [x]
+    with _without_autocast(backend):
+        for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
+            outputs.append(backend.add_bias_and_elu(torch.mm(outputs[-1], weight.t()), bias))
+    return outputs
+
+
+def backward_pass(
+    backend: ModuleType,
+    outputs: list[Tensor],
+    weights: Sequence[Tensor],
+    grad: Tensor,
+    needs: Sequence[bool],
+    *,
+    needs_x: bool,
+    in_place: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x, and of the parameters in their order.
+
+    Args:
+        backend: As that of the forward pass.
+        outputs: What that gave; emptied, so that what nobody else keeps is free as soon as it can be.
+        weights: W of each layer.
+        grad: [N, H], of the last output.
+        needs: Which of the parameters have gradients.
+        needs_x: Whether x has one.
+        in_place: ``grad`` is nobody's any more.
+    """
+    grads: list[Tensor | None] = []
+    grad = grad.contiguous()
+    with _without_autocast(backend):
+        for i in reversed(range(len(weights))):
+            grad, grad_bias = backend.add_bias_and_elu_backward(grad, outputs.pop(), in_place=in_place)
+            grad_weight = torch.mm(grad.t(), outputs[-1]) if needs[2 * i] else None
+            grads[:0] = [grad_weight, grad_bias if needs[2 * i + 1] else None]
+            if i > 0 or needs_x:
+                grad = torch.mm(grad, weights[i])
+            in_place = True  # from here on it is our own
+    return grad if needs_x else None, grads
+
+
 class _HiddenLayers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: ModuleType, x: Tensor, *parameters: Tensor) -> Tensor:
-        outputs, weights = [x], parameters[::2]
-        with _without_autocast(backend):
-            for weight, bias in zip(weights, parameters[1::2], strict=True):
-                outputs.append(backend.add_bias_and_elu(torch.mm(outputs[-1], weight.t()), bias))
+        outputs = forward_pass(backend, x, parameters)
         ctx.backend = backend
-        ctx.save_for_backward(*outputs, *weights)
+        ctx.save_for_backward(*outputs, *parameters[::2])
         ctx.inputs = parameters[1::2]  # the others are saved
         return outputs[-1]
 
@@ -47,19 +89,12 @@ class _HiddenLayers(torch.autograd.Function):
     @first_order_only
     def backward(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(saved) // 2
-        outputs, weights = saved[: count + 1], saved[count + 1 :]
         _, needs_x, *needs = ctx.needs_input_grad
-        grads: list[Tensor | None] = []
-        grad = grad.contiguous()
-        with _without_autocast(ctx.backend):
-            for i in reversed(range(count)):
-                last = i == count - 1  # its gradient is autograd's, the others are our own
-                grad, grad_bias = ctx.backend.add_bias_and_elu_backward(grad, outputs[i + 1], in_place=not last)
-                grad_weight = torch.mm(grad.t(), outputs[i]) if needs[2 * i] else None
-                grads[:0] = [grad_weight, grad_bias]
-                if i > 0 or needs_x:
-                    grad = torch.mm(grad, weights[i])
-        return None, grad if needs_x else None, *grads
+        # the gradient that comes in is autograd's
+        grad_x, grads = backward_pass(
+            ctx.backend, list(saved[: count + 1]), saved[count + 1 :], grad, needs, needs_x=needs_x, in_place=False
+        )
+        return None, grad_x, *grads
 
 
 _AS_IT_IS = nullcontext()

@@ -334,7 +334,7 @@ def _prepare(
         )
     clip_param = arguments.coefficient("clip_param", clip_param, device)
     if isinstance(clip_param, float) and not clip_param >= 0.0:
-        raise ValueError(f"clip_param must not be negative, got {clip_param}")
+        raise ValueError(f"clip_param must be 0 or more, got {clip_param}")
     rollout, rollout_shape = leading, shape
     original_shape = torch.Size((num_original, shape[-1]))  # augmented rows have no old distribution of their own
     if row_index is not None:

@@ -45,9 +45,11 @@ class FinalValues:
         self._published = False  # in any rollout
         self.any_recorded = False  # since the rollout began
 
-    def fits(self, storage: RolloutStorage) -> bool:
-        """Whether rollouts have the length and number of environments that this was made for."""
-        return self._values.shape == storage.values.shape
+    def fits(self, critic: MLPModel, storage: RolloutStorage) -> bool:
+        """Whether this was made for such a critic and such rollouts."""
+        shapes = {name: group.shape for name, group in storage.observations.items()}
+        same_groups = all(shapes.get(name) == like.shape for name, like in self._like.items())
+        return self._critic is critic and self._values.shape == storage.values.shape and same_groups
 
     def groups(self, final_obs: Any) -> dict[str, Tensor]:
         """Those of the observations before the resets of one step that the critic needs, [E, ...] each.

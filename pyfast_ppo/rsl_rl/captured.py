@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+_MANY_CHANGES = 20  # of a key; a user who anneals a number for a while need not hear of it
+
 
 class Waits:
     """Notices where what runs within waits for the device, as far as torch tells; nothing else changes."""
@@ -63,6 +65,7 @@ class Captured(Generic[Result]):
         self._graphs: dict[Hashable, tuple[Graph, Result]] = {}
         self._waited: dict[Hashable, bool] = {}  # for slots that have run with the present key: whether they waited
         self._key: Hashable = None
+        self._num_changes = 0  # of the key, one after the other, with nothing recorded in between
         self.reason: str | None = None  # why it is not recorded
         self.num_records = 0
 
@@ -75,8 +78,7 @@ class Captured(Generic[Result]):
         if self.reason is not None:
             return work()
         if (present := key()) != self._key:
-            self._forget()
-            self._key = present
+            self._follow(present)
         if slot not in self._graphs and self._waited.get(slot, True):
             return self._run_as_it_is(work, slot)
         if slot not in self._graphs and not self._record(work, slot):
@@ -84,6 +86,18 @@ class Captured(Generic[Result]):
         graph, result = self._graphs[slot]
         graph.replay()
         return result
+
+    def _follow(self, key: Hashable) -> None:
+        """Another key than in the call before."""
+        self._num_changes = 0 if self._graphs else self._num_changes + 1
+        if self._num_changes == _MANY_CHANGES:
+            before, now = _first_difference(self._key, key)
+            logger.warning(
+                "%s has not been recorded yet: what a CUDA graph would freeze changes each time, lately from %r to %r.",
+                *(self._subject, before, now),
+            )
+        self._forget()
+        self._key = key
 
     def give_up(self, reason: str) -> None:
         """The work runs as it is from now on."""
@@ -116,6 +130,13 @@ class Captured(Generic[Result]):
         return True
 
 
+def _first_difference(a: Any, b: Any) -> tuple[Any, Any]:
+    """Between two keys: a name with its value, or a value alone."""
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and not (a and isinstance(a[0], str)):
+        return next((_first_difference(x, y) for x, y in zip(a, b, strict=True) if x != y), (a, b))
+    return a, b
+
+
 def _first_cause(error: BaseException) -> str:
     """What was raised first; that the recording could not be ended is what followed from it."""
     while error.__context__ is not None:
@@ -124,18 +145,22 @@ def _first_cause(error: BaseException) -> str:
 
 
 def addresses(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> tuple:
-    """Where these tensors and the modules' parameters and buffers lie, their shapes, and which take gradients."""
-    in_modules = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    """Where these tensors and the modules' own lie, their shapes, and which take gradients."""
+    in_modules: list[Tensor] = []
+    for module in modules:
+        in_modules += [*module.parameters(), *module.buffers()]
+        in_modules += [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)]
     return tuple((t.data_ptr(), t.shape, t.requires_grad) for t in (*in_modules, *tensors))
 
 
 def options(optimizer: Optimizer, *, rate: bool) -> tuple:
-    """What its groups of parameters are stepped with. ``rate``: at which learning rate, too."""
+    """What its groups of parameters are stepped with, and its hooks. ``rate``: at which learning rate, too."""
     left_out = ("params",) if rate else ("params", "lr")
-    return tuple(
+    groups = tuple(
         tuple((k, v.data_ptr() if isinstance(v, Tensor) else v) for k, v in group.items() if k not in left_out)
         for group in optimizer.param_groups
     )
+    return groups, _hooks(optimizer)
 
 
 def own_functions(modules: Iterable[nn.Module]) -> tuple:
@@ -143,6 +168,37 @@ def own_functions(modules: Iterable[nn.Module]) -> tuple:
     return tuple((name, id(value)) for module in modules for name, value in vars(module).items() if callable(value))
 
 
-def modes(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
-    """Which parts are in training mode."""
-    return tuple(part.training for module in modules for part in module.modules())
+def own_values(x: object) -> tuple:
+    """The numbers, words, lists of them and functions that an object has, by their names."""
+    return tuple((name, _frozen(value)) for name, value in vars(x).items() if callable(value) or _is_plain(value))
+
+
+def settings(modules: Iterable[nn.Module]) -> tuple:
+    """What their parts know on the host, training mode, the std's range, a dropout's share; and hooks, with those of
+    their parameters."""
+    values: list[tuple] = []
+    hooks: list[tuple] = []
+    for module in modules:
+        for part in module.modules():
+            values += [(name, _frozen(value)) for name, value in vars(part).items() if _is_plain(value)]
+            hooks += _hooks(part)
+        for parameter in module.parameters():
+            hooks += _hooks(parameter, ("_backward_hooks", "_post_accumulate_grad_hooks"))
+    return tuple(values), tuple(hooks)
+
+
+def _hooks(x: object, names: Iterable[str] = ()) -> tuple:
+    """The functions in the attributes of these names, or in all whose names end like that."""
+    names = names or [name for name in vars(x) if name.endswith("_hooks")]
+    return tuple((name, id(hook)) for name in names for hook in (getattr(x, name) or {}).values())
+
+
+def _is_plain(value: object) -> bool:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return all(isinstance(item, (int, float, str)) for item in items)
+
+
+def _frozen(value: Any) -> Hashable:
+    if callable(value):
+        return id(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from numbers import Real
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, ppo_loss_and_grad
 from pyfast_ppo.ops.shared_row import first_row, is_shared_row
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import METRICS
-from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, options
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, options, own_values, settings
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import RULE_KL, Run
 from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, rows_of, works_row_by_row
 from pyfast_ppo.rsl_rl.mlp import fused_hidden_layers, observations_in_place, widest_layer
 from pyfast_ppo.rsl_rl.nonfinite import NonFiniteError, first_nonfinite, statistics_in_place
 from pyfast_ppo.rsl_rl.optimizer import DeviceRate, fitting_option
+from pyfast_ppo.rsl_rl.plain_networks import PlainNetworks
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
     Instead,
@@ -117,6 +119,7 @@ class FusedPPO(FusedRollout):
                 for comparisons with old runs) or "proportional" (once per update; holds the KL closer to
                 ``desired_kl``, which then means another learning rate than in rsl_rl).
             early_stop_kl: Take no further steps in an update once a mini-batch's KL is beyond this many nats.
+                RND's go on.
             time_out_bootstrap: "final_obs": a time-out bootstraps from V of the observation before the reset, where
                 ``extras["final_obs"]`` has it (groups [E, ...], as observations; only rows that are done are looked
                 at), and where it has not, or that value is not finite, from V(s_t), as PPO; rows that
@@ -187,7 +190,6 @@ class FusedPPO(FusedRollout):
             self._fall_back(reason)
             return
         reason = self._fuse_rollout(cuda_graph)
-        self._without_sampling = Instead(self._raw_actor, sample=mean_of)
         self._controlled: tuple = ()
         self._num_controls = 0
         self._rates: list[DeviceRate] = []  # of the optimizers
@@ -213,12 +215,12 @@ class FusedPPO(FusedRollout):
         """Makes what steers the optimizers: anew if one of them was changed, or what its steps follow."""
         desired_kl = self.desired_kl if self.schedule == "adaptive" else None
         rule = (desired_kl, self.kl_rule, self.kl_target, self.early_stop_kl, self.adapt_before_first_step)
+        self._check_settings()
         optimizers = self._optimizers()
         groups = [(o, len(o.param_groups), fitting_option(o)) for o in optimizers]
         wanted = (groups, rule, self.backend)
         if wanted == self._controlled:
             return
-        self._check_settings()
         before = [*self._rates, None, None]
         self._rates = [self._rate_of(o, rate) for o, rate in zip(optimizers, before, strict=False)]
         self._kl_control = KLControl(self._rate, *rule, self._world_size)
@@ -303,7 +305,7 @@ class FusedPPO(FusedRollout):
                 rate.end_steps()
             if self._kl_control.adaptive:
                 self.learning_rate = self._rate.finish(last_rate)
-        self._raise_if_lost(loss_dict, len(run.lost))
+        self._raise_if_lost(loss_dict, len(run.metrics))
         self._iteration += 1
 
         if NORMALIZES_IN_UPDATE:
@@ -363,17 +365,21 @@ class FusedPPO(FusedRollout):
 
     def _steps(self) -> Run:
         """All steps of an update. Nothing in it waits for the device; what it reads lies where it lay before."""
-        run = Run(self.kl_coef if self._penalty_coef is None else self._penalty_coef)
+        adapted = self._penalty_coef if self._kl_control.penalty is not None else None
+        run = Run(self.kl_coef if adapted is None else adapted)
         detach_last_forward(self._raw_actor.distribution)  # of the user's, and of the last step
         self._kl_control.begin()
-        compiled = self.actor is not self._raw_actor
-        models = () if compiled else (self._raw_actor, self._raw_critic)
-        whole = self._whole_mini_batches()  # asked before the models have other ways than their own
         kernels = backends.select(self.backend, torch.device(self.device))
+        whole = self._whole_mini_batches()  # asked before the models have other ways than their own
+        plain = self._plain_networks(kernels)
+        compiled = self.actor is not self._raw_actor
+        models = () if compiled or plain is not None else (self._raw_actor, self._raw_critic)
         with observations_in_place(*models), fused_hidden_layers(kernels, *models):
             for pieces in self._mini_batches(whole):
-                self._step(pieces, run)
+                self._step(pieces, run, plain)
                 del pieces  # before the next is gathered
+        if plain is not None:
+            plain.tell_distribution()
         self._kl_control.after_last_step(run, self.num_mini_batches)
         detach_last_forward(self._raw_actor.distribution)
         return run
@@ -389,7 +395,7 @@ class FusedPPO(FusedRollout):
         return None
 
     def _key_of_update(self) -> tuple:
-        """What a graph of ``_steps`` freezes: addresses, shapes, modes, and numbers on the host."""
+        """What a graph of ``_steps`` freezes: addresses, shapes, settings, and numbers on the host."""
         st = self.storage
         modules = [self.actor, self.critic]
         if self.rnd:  # not its normalizer of rewards, which moves during a rollout and is not used here
@@ -402,11 +408,11 @@ class FusedPPO(FusedRollout):
             *(options(o, rate=o is not self.optimizer or not self._kl_control.adaptive) for o in optimizers),
             *(self.clip_param, self.value_loss_coef, self.entropy_coef, self.max_grad_norm, self.desired_kl),
             *(self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches, self._num_controls),
-            *(self.kl_coef if self._penalty_coef is None else None, self.normalize_advantage_per_mini_batch),
+            *(self.kl_coef if self._kl_control.penalty is None else None, self.normalize_advantage_per_mini_batch),
             *(self.nonfinite, self.kl_direction, self.global_advantage_statistics),
-            *(self.symmetry and self.symmetry.mirror_loss_coeff, getattr(self, "use_mixed_precision", False)),
+            *(self.symmetry and own_values(self.symmetry), getattr(self, "use_mixed_precision", False)),
         )
-        return addresses(modules, tensors), modes(modules), self._own_functions(), numbers, matmul_precision()
+        return addresses(modules, tensors), settings(modules), self._own_functions(), numbers, matmul_precision()
 
     def _raise_if_lost(self, loss_dict: dict[str, float], steps: int) -> None:
         """If none of the steps could be taken, or one could not and that is an error; and where the policy is lost."""
@@ -416,7 +422,8 @@ class FusedPPO(FusedRollout):
                 f"iteration {self._iteration}: the std of the policy is not finite, so that no action can be drawn; "
                 "nonfinite='skip' keeps steps that would make it so out of the networks"
             )
-        count = loss_dict.get("nonfinite_steps", 0.0)
+        counts = {name: loss_dict.get(name, 0.0) for name in ("nonfinite_steps", "nonfinite_rnd_steps")}
+        of, count = max(counts.items(), key=lambda item: item[1])
         if count == 0.0 or (self.nonfinite == "skip" and count < steps):
             return
         models = [self._raw_actor, self._raw_critic, *([self.rnd] if self.rnd else [])]
@@ -429,8 +436,8 @@ class FusedPPO(FusedRollout):
         )
         self.storage.clear()
         raise NonFiniteError(
-            f"iteration {self._iteration}: {round(count)} of {steps} steps had gradients that are not finite and were "
-            f"not taken: {reason}. Actor and critic are as the last finite step left them."
+            f"iteration {self._iteration}: {round(count)} of {steps} steps{' of RND' if 'rnd' in of else ''} had "
+            f"gradients that are not finite and were not taken: {reason}. The last finite step's networks are kept."
         )
 
     def _mini_batches(self, whole: bool) -> Iterator[list[RolloutStorage.Batch]]:
@@ -463,7 +470,15 @@ class FusedPPO(FusedRollout):
             batch.advantages = standardized_over_ranks(batch.advantages, ranks)
         return batch
 
-    def _step(self, pieces: list[RolloutStorage.Batch], run: Run) -> None:
+    def _plain_networks(self, kernels: ModuleType) -> PlainNetworks | None:
+        """Actor and critic, if nothing but their two passes is asked of them and those are the usual ones."""
+        if self.symmetry or self.rnd or self._two_streams or getattr(self, "use_mixed_precision", False):
+            return None
+        if self._storage_draws or self.actor is not self._raw_actor or self.critic is not self._raw_critic:
+            return None  # mini-batches of the user's own; compiled models
+        return PlainNetworks.of(kernels, self._raw_actor, self._raw_critic, self.storage.observations)
+
+    def _step(self, pieces: list[RolloutStorage.Batch], run: Run, plain: PlainNetworks | None) -> None:
         """One step of the optimizer, with a mini-batch in pieces."""
         self.optimizer.zero_grad()
         if self.rnd:
@@ -472,7 +487,7 @@ class FusedPPO(FusedRollout):
         rows = []
         for piece in pieces:
             share = piece.observations.batch_size[0] / num_rows
-            names, row = self._backward(piece, share, run.kl_coef)
+            names, row = self._backward(piece, share, run.kl_coef, plain)
             rows.append(row if share == 1.0 else row * share)
         run.add(names, rows[0] if len(rows) == 1 else torch.stack(rows).sum(0))
         self._kl_control.before_step(run)
@@ -496,7 +511,9 @@ class FusedPPO(FusedRollout):
             return [batch]
         return [rows_of(batch, slice(i, i + self._piece_rows)) for i in range(0, num_rows, self._piece_rows)]
 
-    def _backward(self, batch: RolloutStorage.Batch, share: float, kl_coef: float | Tensor) -> tuple[list[str], Tensor]:
+    def _backward(
+        self, batch: RolloutStorage.Batch, share: float, kl_coef: float | Tensor, plain: PlainNetworks | None
+    ) -> tuple[list[str], Tensor]:
         """Forward and backward of a mini-batch, or of a piece of one that has this share of its rows.
 
         Gradients are added to those that there are. Returns a row of metrics for ``Run.add``, with their names.
@@ -510,24 +527,28 @@ class FusedPPO(FusedRollout):
             self.symmetry.augment_batch(batch, original_batch_size)
 
         rnd_loss = symmetry_loss = None
-        with self._autocast():
-            with nullcontext() if self.keep_random_stream else self._without_sampling(), self._critic_beside_actor():
-                self.actor(
-                    batch.observations,
-                    masks=batch.masks,
-                    hidden_state=batch.hidden_states[0],
-                    stochastic_output=True,
-                )
-                values = self.critic(batch.observations, masks=batch.masks, hidden_state=batch.hidden_states[1])
-            mean, std = self.actor.output_distribution_params
-            if self.rnd:
-                rnd_loss = self.rnd.compute_loss(batch.observations[:original_batch_size])
-            if self.symmetry:
-                if not augmented:  # so it may here; backward needs what the networks have read
-                    batch.observations = batch.observations.clone()
-                symmetry_loss = self.symmetry.compute_loss(self.actor, batch, original_batch_size)
+        if plain is not None:
+            mean, std, values = plain.forward(batch.observations, sample=self.keep_random_stream)
+        else:
+            with self._autocast():
+                drawing = nullcontext() if self.keep_random_stream else Instead(self._raw_actor, sample=mean_of)()
+                with drawing, self._critic_beside_actor():
+                    self.actor(
+                        batch.observations,
+                        masks=batch.masks,
+                        hidden_state=batch.hidden_states[0],
+                        stochastic_output=True,
+                    )
+                    values = self.critic(batch.observations, masks=batch.masks, hidden_state=batch.hidden_states[1])
+                mean, std = self.actor.output_distribution_params
+                if self.rnd:
+                    rnd_loss = self.rnd.compute_loss(batch.observations[:original_batch_size])
+                if self.symmetry:
+                    if not augmented:  # so it may here; backward needs what the networks have read
+                        batch.observations = batch.observations.clone()
+                    symmetry_loss = self.symmetry.compute_loss(self.actor, batch, original_batch_size)
+            std = row_behind(std)
 
-        std = row_behind(std)
         old_mean, old_std = batch.old_distribution_params
         if is_shared_row(old_std):
             old_std = first_row(old_std)
@@ -560,8 +581,11 @@ class FusedPPO(FusedRollout):
             mirror_loss = self.symmetry.mirror_loss_coeff * symmetry_loss
             outputs.append(mirror_loss)
             grads.append(torch.ones_like(mirror_loss))
-        learned = [i for i, output in enumerate(outputs) if output.requires_grad]
-        torch.autograd.backward([outputs[i] for i in learned], [grads[i] for i in learned])
+        if plain is not None:
+            plain.backward(*grads)
+        else:
+            learned = [i for i, output in enumerate(outputs) if output.requires_grad]
+            torch.autograd.backward([outputs[i] for i in learned], [grads[i] for i in learned])
         if rnd_loss is not None:
             rnd_loss.backward()
 
@@ -586,12 +610,14 @@ class FusedPPO(FusedRollout):
         if self.is_multi_gpu:
             self.reduce_parameters()
         keeps_finite = self.nonfinite != "ignore"
-        models = (self._raw_actor, self._raw_critic)
+        models = (self.actor, self.critic)
         lost = self._rate.step(models, float(self.max_grad_norm), skip=run.stopped, skip_nonfinite=keeps_finite)
         if lost is not None:
             run.lost.append(lost)
         if self.rnd:
-            self._rates[1].step((self.rnd.predictor,), math.inf, skip=None, skip_nonfinite=keeps_finite)
+            lost = self._rates[1].step((self.rnd.predictor,), math.inf, skip=None, skip_nonfinite=keeps_finite)
+            if lost is not None:
+                run.lost_of_rnd.append(lost)
 
     def _autocast(self):
         # rsl_rl has mixed precision since 5.5
@@ -636,4 +662,4 @@ def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
     if positive and not value > 0.0:  # type: ignore[operator]
         raise ValueError(f"{name} must be positive, got {value}")
     if not value >= 0.0:  # type: ignore[operator]
-        raise ValueError(f"{name} must not be negative, got {value}")
+        raise ValueError(f"{name} must be 0 or more, got {value}")

@@ -29,6 +29,7 @@ class Run:
         self.stopped: Tensor | None = None
         self.skipped: list[Tensor] = []
         self.lost: list[Tensor] = []  # steps whose gradients were not finite
+        self.lost_of_rnd: list[Tensor] = []
 
     def add(self, names: list[str], metrics: Tensor) -> None:
         """The metrics of a mini-batch, [number of names]: ``reference.METRICS`` and more, the same each time."""
@@ -59,6 +60,8 @@ class Run:
             extra["skipped_steps"] = torch.stack(self.skipped).sum()
         if self.lost:
             extra["nonfinite_steps"] = torch.stack(self.lost).sum()
+        if self.lost_of_rnd:
+            extra["nonfinite_rnd_steps"] = torch.stack(self.lost_of_rnd).sum()
         extra |= counts
         if isinstance(self.kl_coef, Tensor):
             extra["kl_coef"] = self.kl_coef

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from rsl_rl.models import MLPModel
 from rsl_rl.modules import MLP, EmpiricalNormalization
+from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
@@ -40,8 +41,8 @@ def observations_in_place(*models: nn.Module) -> Iterator[None]:
     """Models with one group of observations take it as it is, where rsl_rl copies it with torch.cat."""
     with ExitStack() as stack:
         for model in models:
-            if isinstance(model, MLPModel) and len(model.obs_groups) == 1 and _only_reads_its_latent(model):
-                _replace(stack, model, "get_latent", _latent_of(model))
+            if isinstance(model, MLPModel) and len(model.obs_groups) == 1 and only_reads_its_latent(model):
+                _replace(stack, model, "get_latent", _get_latent_of(model))
         yield
 
 
@@ -57,7 +58,7 @@ def _replace(stack: ExitStack, module: nn.Module, name: str, method: Callable) -
     stack.callback(delattr, module, name)
 
 
-def _only_reads_its_latent(model: MLPModel) -> bool:
+def only_reads_its_latent(model: MLPModel) -> bool:
     """Whether nothing of a user's sees it, who might write into it: rsl_rl hands out a copy."""
     if any(getattr(type(model), name) is not getattr(MLPModel, name) for name in ("forward", "get_latent")):
         return False
@@ -68,9 +69,17 @@ def _only_reads_its_latent(model: MLPModel) -> bool:
     return known and not any(has_own_ways(part) for part in parts)
 
 
-def _latent_of(model: MLPModel) -> Callable[..., Tensor]:
-    group, normalizer = model.obs_groups[0], model.obs_normalizer
-    return lambda obs, masks=None, hidden_state=None: normalizer(obs[group])
+def latent_of(model: MLPModel) -> Callable[[TensorDict], Tensor]:
+    """What gives its MLP's input: a single group as it is, where rsl_rl copies it."""
+    groups, normalizer = model.obs_groups, model.obs_normalizer
+    if len(groups) == 1:
+        return lambda obs: normalizer(obs[groups[0]])
+    return lambda obs: normalizer(torch.cat([obs[group] for group in groups], dim=-1))
+
+
+def _get_latent_of(model: MLPModel) -> Callable[..., Tensor]:
+    latent = latent_of(model)
+    return lambda obs, masks=None, hidden_state=None: latent(obs)
 
 
 def _steps(backend: ModuleType, layers: list[nn.Module]) -> list[nn.Module | list[nn.Linear]]:
@@ -89,6 +98,12 @@ def _steps(backend: ModuleType, layers: list[nn.Module]) -> list[nn.Module | lis
             steps.append(layer)
             run, layer = [], following
     return steps
+
+
+def fuses_whole(backend: ModuleType, layers: list[nn.Module]) -> bool:
+    """Whether all of these layers are pairs that can be fused one after the other."""
+    steps = _steps(backend, layers)
+    return len(steps) == 1 and isinstance(steps[0], list) and 2 * len(steps[0]) == len(layers)
 
 
 def _forward_of(backend: ModuleType, mlp: MLP, steps: list[nn.Module | list[nn.Linear]]) -> Callable[[Tensor], Tensor]:

@@ -143,8 +143,7 @@ class Instead:
     class."""
 
     def __init__(self, actor: MLPModel, **methods: Callable[..., Tensor]) -> None:
-        """``methods``: by the names of what they replace; functions of a module, or such with arguments bound, so that
-        this can be copied and pickled with its distribution."""
+        """``methods``: by the names of what they replace."""
         self._actor = actor
         self._methods = methods
 

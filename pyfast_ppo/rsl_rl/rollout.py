@@ -16,7 +16,7 @@ from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import arithmetic_dtype
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
-from pyfast_ppo.rsl_rl.captured import Captured, addresses, modes, own_functions
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, own_functions, settings
 from pyfast_ppo.rsl_rl.mini_batches import has_running_statistics, own_methods
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
@@ -96,11 +96,11 @@ class FusedRollout(PPO):
         if obs.batch_size != kept.batch_size:  # of other environments, as for an evaluation
             return self._act(obs)
         kept.copy_(obs)  # now: an environment may write into its observations while it steps
+        if self._captured_rollout is not None and st.step == 0:
+            self._rollout_key = self._key_of_rollout()
         if self._captured_rollout is None or st.distribution_params is None:  # which the first rollout makes
             actions = self._act(obs)
         else:
-            if st.step == 0:
-                self._rollout_key = self._key_of_rollout()
             self._captured_rollout.run(lambda: self._act_into_storage(kept), lambda: self._rollout_key, slot=st.step)
             actions = st.actions[st.step].clone()  # an environment may write into these, too
             self.transition.hidden_states = (None, None)
@@ -160,7 +160,7 @@ class FusedRollout(PPO):
         super().process_env_step(obs, rewards, dones, extras)
 
     def _begin_rollout(self) -> None:
-        if not self._final_values.fits(self.storage):  # the user has put in another one
+        if not self._final_values.fits(self._raw_critic, self.storage):  # the user has put in others
             self._final_values = self._new_final_values()
         self._final_values.begin()
         self._follow_storage()
@@ -214,7 +214,7 @@ class FusedRollout(PPO):
         if self._captured_rollout is None:
             self._returns(obs)
         else:
-            if self._last_obs is None:
+            if self._last_obs is None or self._last_obs.batch_size != obs.batch_size:
                 with torch.inference_mode(False):  # written to in and outside of inference mode
                     self._last_obs = torch.zeros_like(obs)
             self._last_obs.copy_(obs)
@@ -267,10 +267,13 @@ class FusedRollout(PPO):
         """What graphs of acting and of the returns freeze."""
         st = self.storage
         tensors = [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, st.rewards, st.dones]
-        tensors += [*st.observations.values(), *st.distribution_params, *self._final_values.memory()]
+        tensors += [*st.observations.values(), *(st.distribution_params or ()), *self._final_values.memory()]
         modules = [self.actor, self.critic]
-        numbers = (self.gamma, self.lam, self.normalize_advantage_per_mini_batch)
-        return addresses(modules, tensors), modes(modules), self._own_functions(), numbers, matmul_precision()
+        numbers = (
+            *(self.gamma, self.lam, self.normalize_advantage_per_mini_batch, self.global_advantage_statistics),
+            self.backend,
+        )
+        return addresses(modules, tensors), settings(modules), self._own_functions(), numbers, matmul_precision()
 
     def _own_functions(self) -> tuple:
         """Of the policy and the critic: a graph would go on with those that it was made of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -323,6 +324,20 @@ def test_a_final_observation_that_is_not_finite(
     assert losses["nonfinite_steps"] == 0.0
     run.rollout()
     assert alg.update()["nonfinite_final_values"] == 0.0
+
+
+def test_another_critic_gives_the_final_values(new_run: Callable) -> None:
+    run, recorder = recorded_run(new_run, CRITICS["mlp"])
+    run.alg.update()
+    run.alg.critic = run.alg._raw_critic = critic = copy.deepcopy(run.alg.critic)
+    for parameter in critic.parameters():
+        parameter.data.zero_()
+    critic.mlp[-1].bias.data.fill_(7.0)
+    recorder.steps.clear()
+    run.rollout()
+    assert any(step["extras"]["time_outs"].any() for step in recorder.steps)
+    expected = expected_returns(run, recorder, torch.full((STEPS, 64), 7.0))
+    torch.testing.assert_close(run.alg.storage.returns.squeeze(-1).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_the_count_is_told_where_final_observations_are_published(new_run: Callable) -> None:

@@ -200,6 +200,16 @@ def test_functions_that_are_replaced_on_one_policy(new_run: Callable, graphs: li
     assert runs[1].distance(runs[0]) == 0.0
 
 
+@pytest.mark.parametrize("name", ["backend", "global_advantage_statistics"])
+def test_the_rollout_is_recorded_anew_with_other_arguments(
+    name: str, new_run: Callable, graphs: list[GraphOnCpu]
+) -> None:
+    alg = new_run(FUSED, **with_graph(CASES["fixed"])).learn(1).rollout().alg
+    before = alg._key_of_rollout()
+    setattr(alg, name, "cpu" if name == "backend" else True)
+    assert alg._key_of_rollout() != before
+
+
 def test_a_storage_that_stores_in_its_own_way_from_now_on(new_run: Callable) -> None:
     run = new_run(FUSED).learn(1)
     storage, stored = run.alg.storage, []
@@ -208,6 +218,21 @@ def test_a_storage_that_stores_in_its_own_way_from_now_on(new_run: Callable) -> 
     run.learn(1)
     assert set(stored) == {2}
     assert run.losses[-1]["first_kl"] < 1e-9
+
+
+def test_another_storage(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    """Graphs of the old one, which write there, are not replayed."""
+    runs = []
+    for captures in (False, True):
+        run = new_run(FUSED, **with_graph(CASES["adaptive"], cuda_graph=captures)).learn(3)
+        before = run.alg.storage
+        obs = before.observations[0]
+        num_envs = run.env.num_envs
+        run.alg.storage = RolloutStorage("rl", num_envs, before.num_transitions_per_env, obs, [run.env.num_actions])
+        runs.append(run.learn(4))
+    assert runs[0].distance(runs[1]) == 0.0
+    assert runs[0].losses == runs[1].losses
+    assert runs[1].alg._captured.num_records == 2
 
 
 def test_an_environment_may_write_into_the_actions(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
@@ -254,10 +279,14 @@ def test_the_emulation_freezes_numbers_on_the_host(new_run: Callable, graphs: li
         lambda alg: [group.update(lr=1e-4) for group in alg.optimizer.param_groups],
         lambda alg: [group.update(betas=(0.5, 0.9)) for group in alg.optimizer.param_groups],
         lambda alg: setattr(alg, "nonfinite", "ignore"),
+        lambda alg: alg.actor.distribution.std_range.__setitem__(1, 0.9),
+        lambda alg: alg.actor.mlp[2].register_forward_hook(lambda module, args, output: 0.5 * output),
+        lambda alg: alg.critic.mlp[0].weight.register_hook(lambda grad: 0.5 * grad),
+        lambda alg: setattr(alg.actor.obs_normalizer, "scale", torch.tensor(0.5)),
     ],
     ids=[
         *("clip_param", "entropy_coef", "max_grad_norm", "mode", "requires_grad", "address", "load", "rate", "betas"),
-        "nonfinite",
+        *("nonfinite", "std_range", "hook", "hook_of_a_parameter", "tensor_of_a_module"),
     ],
 )
 def test_it_is_recorded_anew_when_something_frozen_changes(
@@ -291,6 +320,44 @@ def test_a_number_that_changes_in_each_update_is_never_recorded(new_run: Callabl
         run.alg.update()
     assert run.alg._captured.num_records == 0
     assert run.alg._captured.reason is None
+
+
+@pytest.mark.parametrize("name", ["use_data_augmentation", "use_mirror_loss", "data_augmentation_func"])
+def test_what_is_changed_of_the_symmetry(name: str, new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    runs = []
+    symmetry = {"use_data_augmentation": True, "use_mirror_loss": False, "mirror_loss_coeff": 0.5}
+    for captures in (False, True):
+        run = new_run(
+            FUSED, **with_graph({"args": {"schedule": "fixed", "symmetry_cfg": symmetry}}, cuda_graph=captures)
+        )
+        run.learn(3)
+        present = getattr(run.alg.symmetry, name)
+        changed = partial(present) if callable(present) else not present
+        setattr(run.alg.symmetry, name, changed)
+        runs.append(run.learn(3))
+    assert runs[1].alg._captured.num_records == 2
+    assert runs[0].distance(runs[1]) == 0.0
+
+
+class Counts(torch.nn.Identity):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x
+
+
+def test_a_number_that_always_changes_is_named(
+    new_run: Callable, graphs: list[GraphOnCpu], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = new_run(FUSED, **with_graph(CASES["fixed"]))
+    run.alg.actor.obs_normalizer = Counts()
+    with caplog.at_level(logging.WARNING):
+        run.learn(captured._MANY_CHANGES + 3)
+    told = [r.getMessage() for r in caplog.records if "changes each time" in r.getMessage()]
+    assert len(told) == 2
+    assert all("from ('calls', " in message for message in told)
+    assert run.alg._captured.num_records == 0
 
 
 class Waiting(torch.nn.Module):

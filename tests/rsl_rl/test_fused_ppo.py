@@ -247,7 +247,7 @@ def test_the_keys_of_loss_dict(args: dict, extra: list[str], train: Callable) ->
     assert list(stock) == ["value", "surrogate", "entropy", *extra]
     kl = ["kl", "clip_fraction", "approx_kl", "first_kl", "max_kl", "last_kl"]
     rates = ["learning_rate_min", "learning_rate_max"] if args.get("schedule", "adaptive") == "adaptive" else []
-    assert list(fused) == [*stock, *kl, *rates, "nonfinite_steps"]
+    assert list(fused) == [*stock, *kl, *rates, "nonfinite_steps", *(["nonfinite_rnd_steps"] if "rnd" in extra else [])]
     assert all(type(value) is float for value in fused.values())
 
 

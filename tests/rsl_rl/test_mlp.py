@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).parents[1] / "ops" / "oracles"))
 from backends_here import AVAILABLE
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
+WITH_AUTOGRAD = {"symmetry_cfg": {}}  # which plain_networks.py leaves to it
 FUSING = [row.name for row in AVAILABLE if backends._module(row.name).FUSES_UPDATE]
 
 
@@ -281,9 +282,9 @@ def test_several_groups_and_other_latents_are_left_alone(monkeypatch: pytest.Mon
 
 def test_the_update_takes_them(backend: str, device: str, new_run: Callable, fused_calls: list) -> None:
     """But not the rollout, whose actions are those of PPO to the bit. The update is that with torch's own layers."""
-    plain = new_run(FUSED, device=device, args={"backend": "eager"}).rollout()
+    plain = new_run(FUSED, device=device, args={"backend": "eager", **WITH_AUTOGRAD}).rollout()
     plain.alg.update()
-    run = new_run(FUSED, device=device, args={"backend": backend}).rollout()
+    run = new_run(FUSED, device=device, args={"backend": backend, **WITH_AUTOGRAD}).rollout()
     assert fused_calls == []
     run.alg.update()
     assert fused_calls
@@ -291,5 +292,5 @@ def test_the_update_takes_them(backend: str, device: str, new_run: Callable, fus
 
 
 def test_the_update_takes_them_by_itself(new_run: Callable, fused_calls: list) -> None:
-    new_run(FUSED).rollout().alg.update()
+    new_run(FUSED, args=WITH_AUTOGRAD).rollout().alg.update()
     assert bool(fused_calls) == backends.select(None, torch.device("cpu")).FUSES_UPDATE

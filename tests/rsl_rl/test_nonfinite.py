@@ -143,6 +143,20 @@ def test_rnd_takes_no_such_step_either(new_run: Callable) -> None:
     assert all(torch.isfinite(p).all() for p in parameters(run.alg))
 
 
+@pytest.mark.parametrize("nonfinite", ["skip", "raise", "ignore"])
+def test_steps_of_rnd_alone_are_counted(nonfinite: str, new_run: Callable) -> None:
+    """Its target gives NaN; actor and critic learn."""
+    run = new_run(FUSED, args={**SPLIT, "rnd_cfg": dict(RND), "nonfinite": nonfinite}).rollout()
+    run.alg.rnd.target[0].bias.data.fill_(math.nan)
+    if nonfinite == "ignore":
+        assert "nonfinite_rnd_steps" not in run.alg.update()
+        return
+    steps = SPLIT["num_learning_epochs"] * SPLIT["num_mini_batches"]
+    with pytest.raises(NonFiniteError, match=f"{steps} of {steps} steps of RND had gradients that are not finite"):
+        run.alg.update()
+    assert all(torch.isfinite(p).all() for p in run.alg.rnd.predictor.parameters())
+
+
 # --- nothing could be applied -----------------------------------------------------------------------------------------
 
 FAULTS = {

@@ -118,7 +118,7 @@ def test_the_host_reads_nothing() -> None:
 
 @pytest.mark.parametrize("desired_kl", [-0.01, math.nan])
 def test_a_negative_desired_kl_is_refused(desired_kl: float) -> None:
-    with pytest.raises(ValueError, match="desired_kl must not be negative"):
+    with pytest.raises(ValueError, match="desired_kl must be 0 or more"):
         RslRlSchedule(desired_kl)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn as nn
 from rsl_rl.models import MLPModel
 from rsl_rl.modules.distribution import GaussianDistribution
+from rsl_rl.storage import RolloutStorage
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributions import Laplace, Normal
@@ -268,10 +269,6 @@ def test_a_copy_acts_with_its_own_policy(new_run: Callable) -> None:
             assert (run.alg.act(obs) < 50.0).all()
 
 
-def test_what_decides_how_actions_are_drawn_can_be_pickled(new_run: Callable) -> None:
-    pickle.loads(pickle.dumps(new_run(FUSED).alg._without_sampling))
-
-
 # --- symmetry ---------------------------------------------------------------------------------------------------------
 
 
@@ -367,11 +364,101 @@ def test_arguments_that_are_changed_later(name: str, value: object, new_run: Cal
         assert later.losses != never.losses or not torch.equal(later.random_state, never.random_state)
 
 
-def test_a_wrong_name_that_is_set_later(new_run: Callable) -> None:
-    run = new_run(FUSED).rollout()
-    run.alg.kl_rule = "adaptive"
-    with pytest.raises(ValueError, match="kl_rule must be one of"):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kl_rule", "adaptive", "kl_rule must be one of"),
+        ("nonfinite", "Skip", "nonfinite must be one of"),
+        ("time_out_bootstrap", "final", "time_out_bootstrap must be one of"),
+        ("kl_coef", -1.0, "kl_coef must be 0 or more, got -1.0"),
+        ("kl_coef", math.nan, "kl_coef must be 0 or more, got nan"),
+    ],
+)
+def test_a_wrong_value_that_is_set_later(name: str, value: object, message: str, new_run: Callable) -> None:
+    run = new_run(FUSED).learn(1).rollout()
+    setattr(run.alg, name, value)
+    with pytest.raises(ValueError, match=message):
         run.alg.update()
+
+
+def test_an_adapted_penalty_that_is_switched_off_later(new_run: Callable) -> None:
+    run = new_run(FUSED, args={"schedule": "fixed", "kl_coef": 0.5, "kl_target": 1e-4}).learn(1)
+    assert run.alg.kl_coef != 0.5
+    run.alg.kl_target, run.alg.kl_coef = None, 0.125
+    other = copy.deepcopy(run.rollout().alg)
+    other.kl_coef = 50.0
+    torch.manual_seed(0)
+    assert "kl_coef" not in run.alg.update()
+    torch.manual_seed(0)
+    other.update()
+    assert run.alg.kl_coef == 0.125
+    assert not all(map(torch.equal, run.alg.actor.parameters(), other.actor.parameters()))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_another_critic(raw: bool, new_run: Callable) -> None:
+    """Put in between two updates, with an optimizer that has its parameters."""
+    runs = []
+    for algorithm, args in (("PPO", {}), (FUSED, PARITY)):
+        run = new_run(algorithm, args={"schedule": "fixed", "max_grad_norm": 0.05, **args}).learn(1)
+        alg = run.alg
+        critic = copy.deepcopy(alg.critic)
+        for parameter in critic.parameters():
+            parameter.data.mul_(1.5)
+        alg.critic = critic
+        if raw:
+            alg._raw_critic = critic
+        alg.optimizer = torch.optim.Adam([*alg.actor.parameters(), *critic.parameters()], lr=1e-3)
+        before = copy.deepcopy(critic)
+        run.learn(2)
+        moved = [(a - b).abs().max() for a, b in zip(critic.parameters(), before.parameters(), strict=True)]
+        assert min(moved) > 0.0
+        runs.append(run)
+    assert runs[0].distance(runs[1]) < 1e-5
+
+
+class DoublesItsOutput(GaussianDistribution):
+    def deterministic_output(self, mlp_output: Tensor) -> Tensor:
+        return 2.0 * mlp_output
+
+
+def test_a_critic_with_a_distribution(train: Callable) -> None:
+    """Its values are what that makes of the network's output."""
+    critic = {"distribution_cfg": {"class_name": DoublesItsOutput}}
+    stock = train("PPO", 2, critic=critic, args={"schedule": "fixed"})
+    fused = train(FUSED, 2, critic=critic, args={"schedule": "fixed", **PARITY})
+    assert stock.distance(fused) < 1e-5
+
+
+def test_another_actor_draws_nothing_that_nobody_uses(new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(FUSED, args={"symmetry_cfg": {}}).learn(1)
+    alg = run.alg
+    alg.actor = alg._raw_actor = copy.deepcopy(alg.actor)
+    alg.optimizer = torch.optim.Adam([*alg.actor.parameters(), *alg.critic.parameters()], lr=1e-3)
+    run.rollout()
+    draws, sample = [], GaussianDistribution.sample
+    monkeypatch.setattr(GaussianDistribution, "sample", lambda self: (draws.append(1), sample(self))[1])
+    alg.update()
+    assert draws == []
+
+
+class OneMoreDimension(RolloutStorage):
+    def mini_batch_generator(self, *args: int) -> Iterator[RolloutStorage.Batch]:
+        for batch in super().mini_batch_generator(*args):
+            batch.observations = batch.observations.unsqueeze(0)
+            for name in ("actions", "values", "advantages", "returns", "old_actions_log_prob"):
+                setattr(batch, name, getattr(batch, name).unsqueeze(0))
+            batch.old_distribution_params = tuple(params.unsqueeze(0) for params in batch.old_distribution_params)
+            yield batch
+
+
+def test_mini_batches_of_another_shape(new_run: Callable) -> None:
+    runs = [new_run(name, args={"schedule": "fixed", **more}) for name, more in (("PPO", {}), (FUSED, PARITY))]
+    for run in runs:
+        run.alg.storage.__class__ = OneMoreDimension
+        torch.manual_seed(0)
+        run.learn(1)
+    assert runs[0].distance(runs[1]) < 1e-5
 
 
 def test_a_backend_that_is_set_later(new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

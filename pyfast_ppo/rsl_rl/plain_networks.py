@@ -1,0 +1,167 @@
+"""Actor and critic that are plain MLPs: their passes written out, without modules, distributions and autograd.
+
+Those take the host longer than the launches themselves (docs/performance.md), and on a GPU it is the host that small
+networks wait for.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from rsl_rl.models import MLPModel
+from rsl_rl.modules.distribution import GaussianDistribution
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributions import Normal
+
+from pyfast_ppo.ops.hidden_layers import backward_pass, forward_pass
+from pyfast_ppo.rsl_rl.captured import own_functions
+from pyfast_ppo.rsl_rl.mlp import fuses_whole, has_own_ways, latent_of, only_reads_its_latent
+
+
+class PlainNetworks:
+    """Forward and backward passes of both, which leave gradients where autograd leaves them, and the same."""
+
+    def __init__(self, backend: ModuleType, actor: MLPModel, critic: MLPModel) -> None:
+        self._actor, self._critic = _PlainMlp(backend, actor), _PlainMlp(backend, critic)
+        self._distribution = actor.distribution
+        self._std = _Std(actor.distribution)
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def of(backend: ModuleType, actor: nn.Module, critic: nn.Module, obs: TensorDict) -> PlainNetworks | None:
+        """None where something about them is unusual, or ``backend``, one of pyfast_ppo.backends, does not fuse them.
+
+        ``obs``: the rollout's, whose types count.
+        """
+        if not backend.FUSES_UPDATE or torch.is_anomaly_enabled() or torch.is_autocast_enabled(backend.DEVICE_TYPE):
+            return None
+        if not isinstance(actor, MLPModel) or not isinstance(critic, MLPModel):
+            return None
+        if not all(_is_plain(backend, model, obs) for model in (actor, critic)):
+            return None
+        distribution = actor.distribution
+        if critic.distribution is not None:  # which may make something else of its output
+            return None
+        if not isinstance(distribution, GaussianDistribution) or not all(
+            map(_is_plain_parameter, distribution.parameters())
+        ):
+            return None
+        if type(distribution).update is not GaussianDistribution.update or own_functions([distribution]):
+            return None
+        return PlainNetworks(backend, actor, critic)
+
+    @torch.no_grad()
+    def forward(self, obs: TensorDict, *, sample: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean [N, A], std [A], values [N, 1]). ``sample``: draws random numbers as the actor's forward pass does."""
+        mean, std = self._actor.forward(obs), self._std.forward()
+        self._last = mean, std
+        if sample:
+            self.tell_distribution()
+            self._distribution.sample()
+        return mean, std, self._critic.forward(obs)
+
+    @torch.no_grad()
+    def backward(self, grad_mean: Tensor, grad_std: Tensor, grad_values: Tensor) -> None:
+        """Of the last forward pass; adds to the gradients that parameters have."""
+        self._actor.backward(grad_mean)
+        self._critic.backward(grad_values)
+        self._std.backward(grad_std)
+
+    def tell_distribution(self) -> None:
+        """The actor's distribution is that of the last forward pass, as if it had gone through the modules."""
+        if self._last is not None:
+            self._distribution._distribution = Normal(*self._last)
+
+
+class _PlainMlp:
+    def __init__(self, backend: ModuleType, model: MLPModel) -> None:
+        self._backend = backend
+        self._latent = latent_of(model)
+        *hidden, last = [layer for layer in model.mlp if isinstance(layer, nn.Linear)]
+        self._hidden = [parameter for layer in hidden for parameter in (layer.weight, layer.bias)]
+        self._last = last
+        self._needs = [parameter.requires_grad for parameter in self._hidden]
+        self._outputs: list[Tensor] = []
+
+    def forward(self, obs: TensorDict) -> Tensor:
+        self._outputs = forward_pass(self._backend, self._latent(obs), self._hidden)
+        return F.linear(self._outputs[-1], self._last.weight, self._last.bias)
+
+    def backward(self, grad: Tensor) -> None:
+        last, outputs, self._outputs = self._last, self._outputs, []
+        if last.bias.requires_grad:
+            _add_gradient(last.bias, grad.sum(0))
+        if last.weight.requires_grad:
+            _add_gradient(last.weight, torch.mm(grad.t(), outputs[-1]))
+        if not any(self._needs):
+            return
+        grad = torch.mm(grad, last.weight)
+        weights = self._hidden[::2]
+        _, grads = backward_pass(self._backend, outputs, weights, grad, self._needs, needs_x=False, in_place=True)
+        for parameter, gradient in zip(self._hidden, grads, strict=True):
+            if gradient is not None:
+                _add_gradient(parameter, gradient)
+
+
+class _Std:
+    """The std of a ``GaussianDistribution``, or e to its logarithm, within its range."""
+
+    def __init__(self, distribution: GaussianDistribution) -> None:
+        self._is_log = distribution.std_type == "log"
+        self._parameter = distribution.log_std_param if self._is_log else distribution.std_param
+        self._range = distribution.log_std_range if self._is_log else distribution.std_range
+        # clamp has a gradient at the bounds themselves, hardtanh has none: so its bounds are the numbers beside
+        self._outside = [_beside(self._range[0], -math.inf), _beside(self._range[1], math.inf)]
+        self._std = torch.empty(0)  # of the last forward pass
+
+    def forward(self) -> Tensor:
+        clamped = self._parameter.clamp(*self._range)
+        self._std = clamped.exp() if self._is_log else clamped
+        return self._std
+
+    def backward(self, grad: Tensor) -> None:
+        if not self._parameter.requires_grad:
+            return
+        if self._is_log:
+            grad = grad * self._std
+        # one launch, where autograd compares with both bounds, and chooses, in five
+        _add_gradient(self._parameter, torch.ops.aten.hardtanh_backward(grad, self._parameter, *self._outside))
+
+
+def _beside(bound: float, towards: float) -> float:
+    """The next number of float32."""
+    return float(np.nextafter(np.float32(bound), np.float32(towards)))
+
+
+def _add_gradient(parameter: Tensor, grad: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = grad
+    else:
+        parameter.grad += grad
+
+
+def _is_plain(backend: ModuleType, model: MLPModel, obs: TensorDict) -> bool:
+    """Whether the model is rsl_rl's own, of linear layers with ELUs between, and nobody else has a part in it."""
+    if has_own_ways(model) or not only_reads_its_latent(model):
+        return False
+    if not all(obs[name].dtype == torch.float32 for name in model.obs_groups):
+        return False
+    if any(t.dtype.is_floating_point and t.dtype != torch.float32 for t in model.obs_normalizer.buffers()):
+        return False
+    *hidden, last = model.mlp
+    if type(last) is not nn.Linear or last.bias is None or has_own_ways(last):
+        return False
+    return fuses_whole(backend, hidden) and all(map(_is_plain_parameter, model.parameters()))
+
+
+def _is_plain_parameter(parameter: Tensor) -> bool:
+    """Whether autograd would do nothing but put a gradient there."""
+    if type(parameter) is not nn.Parameter or parameter.dtype != torch.float32 or not parameter.is_contiguous():
+        return False
+    return not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
