@@ -7,6 +7,7 @@ chosen when the program runs (csrc/cpu/isa.h). The CUDA part is compiled in wher
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc/cuda"))  # a buil
 import toolchain
 
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("pyfast_ppo/_version.py").read_text(), re.MULTILINE).group(1)
+
+SOURCES = runpy.run_path("pyfast_ppo/backends/_sources.py")["fingerprint"](Path("csrc"))
 
 # -fno-trapping-math and -fno-math-errno let comparisons and square roots become SIMD code; neither changes a result.
 # -ffast-math would: NaN and infinity have to show, and sums have one order.
@@ -29,7 +32,7 @@ extension = Pybind11Extension(
     sources=["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
     depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh", ".inl")),
     include_dirs=["csrc"],
-    define_macros=[("PYFAST_PPO_VERSION", f'"{VERSION}"')],
+    define_macros=[("PYFAST_PPO_VERSION", f'"{VERSION}"'), ("PYFAST_PPO_SOURCES", f'"{SOURCES}"')],
     extra_compile_args=COMPILE_ARGS,
     extra_link_args=["-pthread", "-ldl"] if sys.platform.startswith("linux") else [],
     cxx_std=17,

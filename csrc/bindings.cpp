@@ -28,6 +28,7 @@ View row_or_matrix(py::handle tensor, const char* name) { return view(tensor, na
 PYBIND11_MODULE(_C, m) {
   watch_for_fork();
   m.attr("version") = PYFAST_PPO_VERSION;
+  m.attr("sources") = PYFAST_PPO_SOURCES;
   m.def("isa", [] { return isa_name(best_isa()); });
   m.def("threading", [] { return threading_name(); });
   m.attr("cuda_note") = PYFAST_PPO_CUDA_NOTE;

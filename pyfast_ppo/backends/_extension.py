@@ -16,17 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from pyfast_ppo._version import __version__
+from pyfast_ppo.backends._sources import fingerprint
+
+CSRC = Path(__file__).parents[2] / "csrc"  # of a checkout
 
 
 @functools.cache
 def load() -> tuple[Any, str | None]:
     """(the extension, None) or (None, why there is none)."""
     try:
-        return importlib.import_module("pyfast_ppo._C"), None
+        module, reason = importlib.import_module("pyfast_ppo._C"), None
     except ModuleNotFoundError:
-        return _load_installed()
+        module, reason = _load_installed()
     except ImportError as error:
         return None, f"the compiled extension does not load ({error}); run `pip install .` again"
+    if module is not None and CSRC.is_dir() and getattr(module, "sources", None) != fingerprint(CSRC):
+        return None, "the compiled extension is of other sources than those in csrc; run `pip install .` again"
+    return module, reason
 
 
 def _load_installed() -> tuple[Any, str | None]:

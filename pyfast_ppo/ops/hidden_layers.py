@@ -56,7 +56,7 @@ def backward_pass(
 
     Args:
         backend: As that of the forward pass.
-        outputs: What that gave; emptied, so that what nobody else keeps is free as soon as it can be.
+        outputs: What that gave; taken out one by one, so that what nobody else keeps is free as soon as it can be.
         weights: W of each layer.
         grad: [N, H], of the last output.
         needs: Which of the parameters have gradients.
@@ -70,6 +70,8 @@ def backward_pass(
             grad, grad_bias = backend.add_bias_and_elu_backward(grad, outputs.pop(), in_place=in_place)
             grad_weight = torch.mm(grad.t(), outputs[-1]) if needs[2 * i] else None
             grads[:0] = [grad_weight, grad_bias if needs[2 * i + 1] else None]
+            if i == 0:
+                outputs.clear()
             if i > 0 or needs_x:
                 grad = torch.mm(grad, weights[i])
             in_place = True  # from here on it is our own

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
 
 from pyfast_ppo.cuda_graph import Graph
@@ -132,9 +134,10 @@ class Captured(Generic[Result]):
 
 def _first_difference(a: Any, b: Any) -> tuple[Any, Any]:
     """Between two keys: a name with its value, or a value alone."""
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and not (a and isinstance(a[0], str)):
-        return next((_first_difference(x, y) for x, y in zip(a, b, strict=True) if x != y), (a, b))
-    return a, b
+    are_named = isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], str)
+    if (are_named and not isinstance(a[1], tuple)) or not isinstance(a, tuple) or not isinstance(b, tuple):
+        return a, b
+    return next((_first_difference(x, y) for x, y in zip(a, b, strict=False) if x != y), (len(a), len(b)))
 
 
 def _first_cause(error: BaseException) -> str:
@@ -145,60 +148,49 @@ def _first_cause(error: BaseException) -> str:
 
 
 def addresses(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> tuple:
-    """Where these tensors and the modules' own lie, their shapes, and which take gradients."""
-    in_modules: list[Tensor] = []
-    for module in modules:
-        in_modules += [*module.parameters(), *module.buffers()]
-        in_modules += [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)]
-    return tuple((t.data_ptr(), t.shape, t.requires_grad) for t in (*in_modules, *tensors))
+    """Where these tensors and the modules' parameters and buffers lie, how, and which take gradients.
+
+    Other tensors of a module are its own affair: many keep what they saw last, in memory that is another each time.
+    """
+    in_modules = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in (*in_modules, *tensors))
 
 
 def options(optimizer: Optimizer, *, rate: bool) -> tuple:
-    """What its groups of parameters are stepped with, and its hooks. ``rate``: at which learning rate, too."""
+    """What its groups of parameters are stepped with, which those are, and its hooks. ``rate``: at which learning rate,
+    too."""
     left_out = ("params",) if rate else ("params", "lr")
     groups = tuple(
-        tuple((k, v.data_ptr() if isinstance(v, Tensor) else v) for k, v in group.items() if k not in left_out)
+        tuple((k, v.data_ptr() if isinstance(v, Tensor) else frozen(v)) for k, v in group.items() if k not in left_out)
         for group in optimizer.param_groups
     )
-    return groups, _hooks(optimizer)
-
-
-def own_functions(modules: Iterable[nn.Module]) -> tuple:
-    """What was put on these instances in the place of their classes' methods."""
-    return tuple((name, id(value)) for module in modules for name, value in vars(module).items() if callable(value))
-
-
-def own_values(x: object) -> tuple:
-    """The numbers, words, lists of them and functions that an object has, by their names."""
-    return tuple((name, _frozen(value)) for name, value in vars(x).items() if callable(value) or _is_plain(value))
+    parameters = tuple(p.data_ptr() for group in optimizer.param_groups for p in group["params"])
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)  # type: ignore[attr-defined]
+    return groups, parameters, frozen(hooks)
 
 
 def settings(modules: Iterable[nn.Module]) -> tuple:
-    """What their parts know on the host, training mode, the std's range, a dropout's share; and hooks, with those of
-    their parameters."""
-    values: list[tuple] = []
-    hooks: list[tuple] = []
-    for module in modules:
-        for part in module.modules():
-            values += [(name, _frozen(value)) for name, value in vars(part).items() if _is_plain(value)]
-            hooks += _hooks(part)
-        for parameter in module.parameters():
-            hooks += _hooks(parameter, ("_backward_hooks", "_post_accumulate_grad_hooks"))
-    return tuple(values), tuple(hooks)
+    """What decides on the host how they run: their types, training mode, numbers as the std's range or a dropout's
+    share, hooks, and functions that were put in the place of others."""
+    parts = [part for module in modules for part in module.modules()]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    on_all = {name: value for name, value in vars(torch_module).items() if name.endswith("_hooks")}
+    return (
+        *((type(part), frozen(vars(part))) for part in parts),
+        *(frozen((p._backward_hooks, p._post_accumulate_grad_hooks)) for p in parameters),
+        frozen(on_all),
+    )
 
 
-def _hooks(x: object, names: Iterable[str] = ()) -> tuple:
-    """The functions in the attributes of these names, or in all whose names end like that."""
-    names = names or [name for name in vars(x) if name.endswith("_hooks")]
-    return tuple((name, id(hook)) for name in names for hook in (getattr(x, name) or {}).values())
+def frozen(value: Any) -> Any:
+    """Numbers, words and functions as they are, also within lists and dictionaries; of anything else the type.
 
-
-def _is_plain(value: object) -> bool:
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return all(isinstance(item, (int, float, str)) for item in items)
-
-
-def _frozen(value: Any) -> Hashable:
-    if callable(value):
-        return id(value)
-    return tuple(value) if isinstance(value, list) else value
+    Functions themselves, because an id may be used again.
+    """
+    if isinstance(value, (int, float, str, np.generic)) or value is None:
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(frozen, value))
+    if isinstance(value, Mapping):
+        return tuple((name, frozen(part)) for name, part in value.items())
+    return value if callable(value) and not isinstance(value, nn.Module) else type(value)

@@ -22,7 +22,7 @@ from pyfast_ppo.ops.ppo_loss import KL_DIRECTIONS, ppo_loss_and_grad
 from pyfast_ppo.ops.shared_row import first_row, is_shared_row
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import METRICS
-from pyfast_ppo.rsl_rl.captured import Captured, addresses, options, own_values, settings
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, frozen, options, settings
 from pyfast_ppo.rsl_rl.kl_control import KL_RULES, KLControl
 from pyfast_ppo.rsl_rl.metrics import RULE_KL, Run
 from pyfast_ppo.rsl_rl.mini_batches import fits_at_once, gathered, rows_of, works_row_by_row
@@ -76,7 +76,8 @@ class FusedPPO(FusedRollout):
       in which no step could be taken raises ``NonFiniteError`` (see ``nonfinite``). So the networks stay finite and the
       error names the frame. But one infinite reward ends the run: advantages are normalised over the rollout, and then
       all of them are NaN. With ``normalize_advantage_per_mini_batch`` only some mini-batches are lost: those with a row
-      of that episode, of the infinite reward's step or before it.
+      of that episode, of the infinite reward's step or before it. RND's steps are counted by themselves, as
+      ``nonfinite_rnd_steps``, and are an error alike.
     - The adaptive learning rate is decided on the device, without a host sync: within an update a hook of the optimizer
       finds it as a 0-dim tensor. Clipping and the step of Adam or AdamW are one operation, which leaves an unusual
       optimizer to torch (see ``adam.py``); SGD without momentum takes torch's fused step.
@@ -215,7 +216,6 @@ class FusedPPO(FusedRollout):
         """Makes what steers the optimizers: anew if one of them was changed, or what its steps follow."""
         desired_kl = self.desired_kl if self.schedule == "adaptive" else None
         rule = (desired_kl, self.kl_rule, self.kl_target, self.early_stop_kl, self.adapt_before_first_step)
-        self._check_settings()
         optimizers = self._optimizers()
         groups = [(o, len(o.param_groups), fitting_option(o)) for o in optimizers]
         wanted = (groups, rule, self.backend)
@@ -289,6 +289,7 @@ class FusedPPO(FusedRollout):
             counts = {name: float(count) for name, count in self._final_values.counts().items()}
             return super().update() | counts
 
+        self._check_settings()
         self._follow_settings()
         self._follow_storage()
         if self.max_grad_norm is None:
@@ -378,8 +379,6 @@ class FusedPPO(FusedRollout):
             for pieces in self._mini_batches(whole):
                 self._step(pieces, run, plain)
                 del pieces  # before the next is gathered
-        if plain is not None:
-            plain.tell_distribution()
         self._kl_control.after_last_step(run, self.num_mini_batches)
         detach_last_forward(self._raw_actor.distribution)
         return run
@@ -410,9 +409,9 @@ class FusedPPO(FusedRollout):
             *(self.use_clipped_value_loss, self.num_learning_epochs, self.num_mini_batches, self._num_controls),
             *(self.kl_coef if self._kl_control.penalty is None else None, self.normalize_advantage_per_mini_batch),
             *(self.nonfinite, self.kl_direction, self.global_advantage_statistics),
-            *(self.symmetry and own_values(self.symmetry), getattr(self, "use_mixed_precision", False)),
+            *(self.symmetry and frozen(vars(self.symmetry)), getattr(self, "use_mixed_precision", False)),
         )
-        return addresses(modules, tensors), settings(modules), self._own_functions(), numbers, matmul_precision()
+        return addresses(modules, tensors), settings(modules), numbers, matmul_precision()
 
     def _raise_if_lost(self, loss_dict: dict[str, float], steps: int) -> None:
         """If none of the steps could be taken, or one could not and that is an error; and where the policy is lost."""
@@ -659,6 +658,8 @@ class FusedPPO(FusedRollout):
 def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):  # YAML's 1e-2 is a string
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, Tensor) and value.is_cuda:  # nobody waits for it
+        return
     if positive and not value > 0.0:  # type: ignore[operator]
         raise ValueError(f"{name} must be positive, got {value}")
     if not value >= 0.0:  # type: ignore[operator]

@@ -128,6 +128,8 @@ def _takes(backend: ModuleType, t: Tensor) -> bool:
 def _is_fusible(backend: ModuleType, layer: nn.Module, activation: nn.Module) -> bool:
     if type(layer) is not nn.Linear or type(activation) is not nn.ELU or activation.alpha != 1.0:
         return False
+    if not all(f.__module__.startswith("torch.") for f in (nn.Linear.forward, nn.ELU.forward)):  # replaced for all
+        return False
     if layer.bias is None or not layer.bias.is_contiguous():
         return False
     if not all(_takes(backend, parameter) for parameter in layer.parameters()):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class NonFiniteError(RuntimeError):
-    """An update met NaN or infinite numbers. Actor and critic are as the last finite step left them."""
+    """An update met NaN or infinite numbers. Actor, critic and RND are as their last finite steps left them."""
 
 
 def first_nonfinite(

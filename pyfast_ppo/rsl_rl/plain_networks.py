@@ -7,6 +7,8 @@ networks wait for.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from numbers import Real
 from types import ModuleType
 
 import numpy as np
@@ -20,7 +22,6 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyfast_ppo.ops.hidden_layers import backward_pass, forward_pass
-from pyfast_ppo.rsl_rl.captured import own_functions
 from pyfast_ppo.rsl_rl.mlp import fuses_whole, has_own_ways, latent_of, only_reads_its_latent
 
 
@@ -31,38 +32,34 @@ class PlainNetworks:
         self._actor, self._critic = _PlainMlp(backend, actor), _PlainMlp(backend, critic)
         self._distribution = actor.distribution
         self._std = _Std(actor.distribution)
-        self._last: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def of(backend: ModuleType, actor: nn.Module, critic: nn.Module, obs: TensorDict) -> PlainNetworks | None:
         """None where something about them is unusual, or ``backend``, one of pyfast_ppo.backends, does not fuse them.
 
-        ``obs``: the rollout's, whose types count.
+        ``obs``: the rollout's, whose types count. What is changed later shows in the next update. Hooks of the nodes in
+        which autograd accumulates gradients cannot be seen.
         """
-        if not backend.FUSES_UPDATE or torch.is_anomaly_enabled() or torch.is_autocast_enabled(backend.DEVICE_TYPE):
+        if not backend.FUSES_UPDATE or _autograd_is_watched() or torch.is_autocast_enabled(backend.DEVICE_TYPE):
             return None
         if not isinstance(actor, MLPModel) or not isinstance(critic, MLPModel):
             return None
         if not all(_is_plain(backend, model, obs) for model in (actor, critic)):
             return None
-        distribution = actor.distribution
-        if critic.distribution is not None:  # which may make something else of its output
-            return None
-        if not isinstance(distribution, GaussianDistribution) or not all(
-            map(_is_plain_parameter, distribution.parameters())
-        ):
-            return None
-        if type(distribution).update is not GaussianDistribution.update or own_functions([distribution]):
+        # a critic's distribution may make something else of its output
+        if critic.distribution is not None or not _is_plain_gaussian(actor.distribution):
             return None
         return PlainNetworks(backend, actor, critic)
 
     @torch.no_grad()
     def forward(self, obs: TensorDict, *, sample: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean [N, A], std [A], values [N, 1]). ``sample``: draws random numbers as the actor's forward pass does."""
+        """(mean [N, A], std [A], values [N, 1]). ``sample``: draws random numbers as the actor's forward pass does.
+
+        The actor's distribution is then as if that had gone through the modules.
+        """
         mean, std = self._actor.forward(obs), self._std.forward()
-        self._last = mean, std
+        self._distribution._distribution = Normal(mean, std)
         if sample:
-            self.tell_distribution()
             self._distribution.sample()
         return mean, std, self._critic.forward(obs)
 
@@ -72,11 +69,6 @@ class PlainNetworks:
         self._actor.backward(grad_mean)
         self._critic.backward(grad_values)
         self._std.backward(grad_std)
-
-    def tell_distribution(self) -> None:
-        """The actor's distribution is that of the last forward pass, as if it had gone through the modules."""
-        if self._last is not None:
-            self._distribution._distribution = Normal(*self._last)
 
 
 class _PlainMlp:
@@ -114,11 +106,15 @@ class _Std:
 
     def __init__(self, distribution: GaussianDistribution) -> None:
         self._is_log = distribution.std_type == "log"
-        self._parameter = distribution.log_std_param if self._is_log else distribution.std_param
+        self._parameter = self.parameter_of(distribution)
         self._range = distribution.log_std_range if self._is_log else distribution.std_range
         # clamp has a gradient at the bounds themselves, hardtanh has none: so its bounds are the numbers beside
         self._outside = [_beside(self._range[0], -math.inf), _beside(self._range[1], math.inf)]
         self._std = torch.empty(0)  # of the last forward pass
+
+    @staticmethod
+    def parameter_of(distribution: GaussianDistribution) -> Tensor:
+        return distribution.log_std_param if distribution.std_type == "log" else distribution.std_param
 
     def forward(self) -> Tensor:
         clamped = self._parameter.clamp(*self._range)
@@ -146,22 +142,51 @@ def _add_gradient(parameter: Tensor, grad: Tensor) -> None:
         parameter.grad += grad
 
 
+def _autograd_is_watched() -> bool:
+    """Or switched off, so that it would refuse."""
+    saved_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not before torch 2.7
+    watched = saved_hooks is not None and saved_hooks(True) is not None
+    return watched or torch.is_anomaly_enabled() or not torch.is_grad_enabled()
+
+
 def _is_plain(backend: ModuleType, model: MLPModel, obs: TensorDict) -> bool:
     """Whether the model is rsl_rl's own, of linear layers with ELUs between, and nobody else has a part in it."""
-    if has_own_ways(model) or not only_reads_its_latent(model):
+    if has_own_ways(model) or not only_reads_its_latent(model) or type(model).__call__ is not nn.Module.__call__:
+        return False
+    functions = (type(model).forward, type(model).get_latent, type(model.mlp).forward)
+    if not all(_comes_from("rsl_rl", f) for f in functions):
         return False
     if not all(obs[name].dtype == torch.float32 for name in model.obs_groups):
         return False
     if any(t.dtype.is_floating_point and t.dtype != torch.float32 for t in model.obs_normalizer.buffers()):
         return False
     *hidden, last = model.mlp
-    if type(last) is not nn.Linear or last.bias is None or has_own_ways(last):
+    if type(last) is not nn.Linear or has_own_ways(last) or not fuses_whole(backend, hidden):
         return False
-    return fuses_whole(backend, hidden) and all(map(_is_plain_parameter, model.parameters()))
+    linear = [layer for layer in model.mlp if isinstance(layer, nn.Linear)]
+    return all(_is_plain_parameter(t) for layer in linear for t in (layer.weight, layer.bias))
 
 
-def _is_plain_parameter(parameter: Tensor) -> bool:
+def _is_plain_gaussian(distribution: object) -> bool:
+    """Whether its std is a parameter for each action, or e to it, within a range."""
+    if not isinstance(distribution, GaussianDistribution) or any(map(callable, vars(distribution).values())):
+        return False
+    update = type(distribution).update
+    if update is not GaussianDistribution.update or not _comes_from("rsl_rl", update):
+        return False
+    std = _Std.parameter_of(distribution)
+    if not _is_plain_parameter(std) or std.shape != (distribution.output_dim,):
+        return False
+    return all(isinstance(bound, Real) for bound in (*distribution.std_range, *distribution.log_std_range))
+
+
+def _is_plain_parameter(parameter: object) -> bool:
     """Whether autograd would do nothing but put a gradient there."""
     if type(parameter) is not nn.Parameter or parameter.dtype != torch.float32 or not parameter.is_contiguous():
         return False
     return not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
+
+
+def _comes_from(package: str, function: Callable) -> bool:
+    """Users put other functions in the place of a class's, too."""
+    return function.__module__.partition(".")[0] == package

@@ -16,7 +16,7 @@ from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import arithmetic_dtype
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
-from pyfast_ppo.rsl_rl.captured import Captured, addresses, own_functions, settings
+from pyfast_ppo.rsl_rl.captured import Captured, addresses, settings
 from pyfast_ppo.rsl_rl.mini_batches import has_running_statistics, own_methods
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
@@ -220,6 +220,7 @@ class FusedRollout(PPO):
             self._last_obs.copy_(obs)
             slot = "returns with final values" if self._final_values.any_recorded else "returns"
             self._captured_rollout.run(lambda: self._returns(self._last_obs), self._key_of_rollout, slot=slot)
+            self._rollout_key = ()
         self._final_values.clear()
 
     def _returns(self, obs: TensorDict) -> None:
@@ -273,11 +274,7 @@ class FusedRollout(PPO):
             *(self.gamma, self.lam, self.normalize_advantage_per_mini_batch, self.global_advantage_statistics),
             self.backend,
         )
-        return addresses(modules, tensors), settings(modules), self._own_functions(), numbers, matmul_precision()
-
-    def _own_functions(self) -> tuple:
-        """Of the policy and the critic: a graph would go on with those that it was made of."""
-        return own_functions([self._raw_actor, self._raw_actor.distribution, self._raw_critic])
+        return addresses(modules, tensors), settings(modules), numbers, matmul_precision()
 
     def _follow_storage(self) -> bool:
         """Notices what a user's storage does in its own way. Returns whether that has changed."""

@@ -72,5 +72,10 @@ def test_bindings_compile_without_a_warning(compiler: Callable[..., None]) -> No
     include = [Path(torch.__file__).parent / "include", sysconfig.get_path("include")]
     flags = [f"-isystem{folder}" for folder in include]
     compiler(
-        "-fsyntax-only", '-DPYFAST_PPO_VERSION="test"', '-DPYFAST_PPO_CUDA_NOTE="test"', *flags, CSRC / "bindings.cpp"
+        "-fsyntax-only",
+        '-DPYFAST_PPO_VERSION="test"',
+        '-DPYFAST_PPO_SOURCES="test"',
+        '-DPYFAST_PPO_CUDA_NOTE="test"',
+        *flags,
+        CSRC / "bindings.cpp",
     )

@@ -216,10 +216,14 @@ def import_in(folder: Path, wish: str) -> dict:
         ("installed without", "the compiled extension is not there"),
         ("elsewhere, of another version", "the installed extension is of version 0.0.0"),
         ("broken", "the compiled extension does not load"),
+        ("elsewhere, of other sources", "the compiled extension is of other sources than those in csrc"),
     ],
 )
 def test_without_the_extension(copy_of_the_package: Path, wish: str, says: str) -> None:
     """The package works all the same, by its formulas in PyTorch, and says in one sentence why and what to do."""
+    if "other sources" in wish:
+        (copy_of_the_package / "csrc").mkdir()
+        (copy_of_the_package / "csrc" / "changed.cpp").touch()
     if wish == "broken":
         name = Path(importlib.import_module("pyfast_ppo._C").__file__).name
         (copy_of_the_package / "pyfast_ppo" / name).write_bytes(b"not a library")

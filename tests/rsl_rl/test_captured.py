@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rsl_rl.modules.distribution import GaussianDistribution
 from rsl_rl.storage import RolloutStorage
 from torch import Tensor
 
@@ -266,6 +268,15 @@ def test_the_emulation_freezes_numbers_on_the_host(new_run: Callable, graphs: li
     assert run.distance(other) > 1e-4
 
 
+def halved(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+    return 0.5 * torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+
+class OwnUpdate(GaussianDistribution):
+    def update(self, mlp_output: Tensor) -> None:
+        super().update(0.5 * mlp_output)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -282,11 +293,16 @@ def test_the_emulation_freezes_numbers_on_the_host(new_run: Callable, graphs: li
         lambda alg: alg.actor.distribution.std_range.__setitem__(1, 0.9),
         lambda alg: alg.actor.mlp[2].register_forward_hook(lambda module, args, output: 0.5 * output),
         lambda alg: alg.critic.mlp[0].weight.register_hook(lambda grad: 0.5 * grad),
-        lambda alg: setattr(alg.actor.obs_normalizer, "scale", torch.tensor(0.5)),
+        lambda alg: alg.actor.mlp.__setitem__(1, torch.nn.Sigmoid()),
+        lambda alg: setattr(alg.critic.mlp[0], "forward", partial(halved, alg.critic.mlp[0])),
+        lambda alg: setattr(alg.actor.distribution, "__class__", OwnUpdate),
+        lambda alg: setattr(alg.actor.distribution, "std_range", [1e-6, np.float32(0.9)]),
+        lambda alg: alg.optimizer.register_step_pre_hook(lambda *_: None),
     ],
     ids=[
         *("clip_param", "entropy_coef", "max_grad_norm", "mode", "requires_grad", "address", "load", "rate", "betas"),
-        *("nonfinite", "std_range", "hook", "hook_of_a_parameter", "tensor_of_a_module"),
+        *("nonfinite", "std_range", "hook", "hook_of_a_parameter", "type", "forward", "class", "numpy"),
+        "hook_of_the_optimizer",
     ],
 )
 def test_it_is_recorded_anew_when_something_frozen_changes(
@@ -345,6 +361,32 @@ class Counts(torch.nn.Identity):
     def forward(self, x: Tensor) -> Tensor:
         self.calls = self.calls + 1
         return x
+
+
+def test_hooks_that_replace_each_other(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    """Of which the next may lie where the last has lain."""
+    run = new_run(FUSED, **with_graph(CASES["fixed"])).learn(2)
+    weight = run.alg.critic.mlp[0].weight
+    for i in range(10):
+        handle = weight.register_hook(lambda grad, i=i: grad * float(i))
+        run.learn(2)
+        handle.remove()
+        del handle
+    assert run.alg._captured.num_records == 10
+
+
+class KeepsItsInput(torch.nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return x
+
+
+def test_a_module_that_keeps_what_it_saw_last(new_run: Callable, graphs: list[GraphOnCpu]) -> None:
+    run = new_run(FUSED, **with_graph(CASES["fixed"]))
+    run.alg.actor.obs_normalizer = KeepsItsInput()
+    run.alg.actor.feature_hooks = [run.alg.actor.register_forward_hook(lambda *_: None)]
+    run.learn(4)
+    assert run.alg._captured.num_records == 1
 
 
 def test_a_number_that_always_changes_is_named(

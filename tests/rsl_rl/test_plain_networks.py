@@ -10,8 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn as nn
+from rsl_rl.models import MLPModel
+from rsl_rl.modules import MLP
 from rsl_rl.modules.distribution import GaussianDistribution
 from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization
 
 from pyfast_ppo import backends
 from pyfast_ppo.rsl_rl import fused_ppo
@@ -155,6 +158,17 @@ def transpose(layer: nn.Linear) -> None:
     layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
 
 
+def tie(layer: nn.Linear, other: nn.Linear) -> None:
+    """Its weight becomes a tensor that is computed from the other's."""
+    del layer.weight
+    layer.weight = other.weight[:1, : layer.in_features]
+
+
+class OwnCall(MLPModel):
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        return 2.0 * super().__call__(*args, **kwargs)
+
+
 CHANGES: dict[str, Callable] = {
     "hook of the model": lambda alg: alg.actor.register_forward_hook(lambda *_: None),
     "hook of the MLP": lambda alg: alg.critic.mlp.register_full_backward_hook(lambda *_: None),
@@ -172,6 +186,13 @@ CHANGES: dict[str, Callable] = {
     "no bias": lambda alg: alg.critic.mlp[2].register_parameter("bias", None),
     "another layout": lambda alg: transpose(alg.actor.mlp[0]),
     "distribution of the critic": lambda alg: setattr(alg.critic, "distribution", GaussianDistribution(1)),
+    "std for all actions": lambda alg: setattr(alg.actor.distribution, "std_param", nn.Parameter(torch.tensor([0.5]))),
+    "std that is computed": lambda alg: register_parametrization(alg.actor.distribution, "std_param", nn.Softplus()),
+    "bounds that are tensors": lambda alg: setattr(
+        alg.actor.distribution, "std_range", [torch.full((3,), 0.1), torch.full((3,), 2.0)]
+    ),
+    "weight of another": lambda alg: tie(alg.critic.mlp[2], alg.critic.mlp[0]),
+    "call of a subclass": lambda alg: setattr(alg.critic, "__class__", OwnCall),
     "another normalizer": lambda alg: setattr(alg.critic, "obs_normalizer", nn.LayerNorm(12)),
 }
 
@@ -182,6 +203,19 @@ def test_changes_of_the_users(change: Callable, new_run: Callable, kernels: Modu
     assert PlainNetworks.of(kernels, run.alg.actor, run.alg.critic, run.alg.storage.observations) is not None
     change(run.alg)
     assert PlainNetworks.of(kernels, run.alg.actor, run.alg.critic, run.alg.storage.observations) is None
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(GaussianDistribution, "update"), (MLPModel, "forward"), (MLP, "forward"), (nn.Linear, "forward")],
+)
+def test_functions_that_are_replaced_for_all(
+    owner: type, name: str, new_run: Callable, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alg = new_run(FUSED).rollout().alg
+    own = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: own(*args, **kwargs))
+    assert PlainNetworks.of(kernels, alg.actor, alg.critic, alg.storage.observations) is None
 
 
 def test_other_types_and_modes(new_run: Callable, kernels: ModuleType, backend: str) -> None:
@@ -196,6 +230,11 @@ def test_other_types_and_modes(new_run: Callable, kernels: ModuleType, backend: 
         assert not is_taken()
     with torch.autocast(kernels.DEVICE_TYPE, dtype=torch.bfloat16):
         assert not is_taken()
+    with torch.no_grad():
+        assert not is_taken()
+    if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):  # not in torch 2.6
+        with torch.autograd.graph.save_on_cpu():
+            assert not is_taken()
     alg.critic.double()
     assert not is_taken()
     alg.critic.float()
@@ -224,6 +263,22 @@ def test_hooks_are_called(new_run: Callable) -> None:
     run.alg.actor.mlp[0].weight.register_hook(lambda grad: seen.append(grad.shape))
     run.learn(1)
     assert len(seen) == run.alg.num_learning_epochs * run.alg.num_mini_batches
+
+
+def test_what_is_looked_at_within_an_update(new_run: Callable) -> None:
+    """By a hook of the optimizer, the distribution is that of the mini-batch."""
+    seen = []
+    for algorithm in ("PPO", FUSED):
+        run = new_run(algorithm, args={"schedule": "fixed"})
+        policy = run.alg.actor
+        run.alg.optimizer.register_step_pre_hook(
+            lambda *_, policy=policy: seen.append((policy.output_mean.shape, policy.output_std[0, 0].item()))
+        )
+        run.learn(1)
+    stock, fused = seen[:4], seen[4:]
+    assert [shape for shape, _ in fused] == [shape for shape, _ in stock]
+    assert [std for _, std in fused] == pytest.approx([std for _, std in stock], abs=1e-2)
+    assert len({std for _, std in fused}) == 4
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -381,6 +381,24 @@ def test_a_wrong_value_that_is_set_later(name: str, value: object, message: str,
         run.alg.update()
 
 
+def test_a_checkpoint_is_written_whatever_is_set(new_run: Callable) -> None:
+    alg = new_run(FUSED).learn(1).alg
+    alg.kl_coef = math.nan
+    assert "actor_state_dict" in alg.save()
+
+
+def test_a_std_for_all_actions(train: Callable) -> None:
+    class OneForAll(GaussianDistribution):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            self.std_param = nn.Parameter(torch.tensor([0.5]))
+
+    actor = {"distribution_cfg": {"class_name": OneForAll}}
+    stock = train("PPO", 2, actor=actor, args={"schedule": "fixed"})
+    fused = train(FUSED, 2, actor=actor, args={"schedule": "fixed", **PARITY})
+    assert stock.distance(fused) < 1e-5
+
+
 def test_an_adapted_penalty_that_is_switched_off_later(new_run: Callable) -> None:
     run = new_run(FUSED, args={"schedule": "fixed", "kl_coef": 0.5, "kl_target": 1e-4}).learn(1)
     assert run.alg.kl_coef != 0.5
