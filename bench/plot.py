@@ -21,7 +21,9 @@ DATED = "????-??-??*.json"
 
 def newest(folder: Path) -> dict | None:
     """One document with the newest rows of each subject; None: the folder has none."""
-    documents = [results.load(path) for path in sorted(folder.glob(DATED))]
+    # the second file of a day comes after the first, and the tenth after the second
+    in_order = sorted(folder.glob(DATED), key=lambda path: [int(part) for part in path.stem.split("-")])
+    documents = [results.load(path) for path in in_order]
     if not documents:
         return None
     subjects = {

@@ -65,6 +65,17 @@ def test_plot_draws_the_newest_of_each_machine(document, load_script, tmp_path, 
     assert capsys.readouterr().out.count("some-machine.png") == 2
 
 
+def test_of_one_day_the_last_file_counts(document, load_script, tmp_path):
+    for number, torch in enumerate(["2.9", "2.10", "2.11"] + ["2.12"] * 8):
+        name = "2026-01-01.json" if number == 0 else f"2026-01-01-{number + 1}.json"
+        (tmp_path / name).write_bytes(results.dumps({**document, "machine": {**document["machine"], "torch": torch}}))
+    assert load_script("plot").newest(tmp_path)["machine"]["torch"] == "2.12"
+    for path in tmp_path.glob("2026-01-01-?*.json"):
+        if path.name != "2026-01-01-2.json":
+            path.unlink()
+    assert load_script("plot").newest(tmp_path)["machine"]["torch"] == "2.10"
+
+
 @pytest.mark.parametrize("flag", ["--results", "--out"])
 def test_plot_says_which_directory_is_missing(flag, load_script, tmp_path, capsys):
     with pytest.raises(SystemExit):
