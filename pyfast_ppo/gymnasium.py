@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -134,7 +135,7 @@ class GymnasiumVecEnv(VecEnv):
 
     def reset(self, seed: int | None = None) -> tuple[TensorDict, dict]:
         """Reset all environments; returns the observations (groups ``[E, ...]``) and empty extras."""
-        obs, _ = self.env.reset(seed=seed)
+        obs, _ = self.env.reset(seed=None if seed is None else operator.index(seed))  # NumPy's integers, too
         self._obs = self._to_tensordict(obs)
         self.episode_length_buf = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)  # [E]
         return self.get_observations(), {}
@@ -356,11 +357,13 @@ def _time_limit(env: VectorEnv) -> int | None:
 def _declared_time_limit(env: VectorEnv) -> int | None:
     if isinstance(env.unwrapped, SyncVectorEnv):
         # An environment that was never registered has a limit only in its wrapper
-        sub_env = env.unwrapped.envs[0]
+        sub_env, limits = env.unwrapped.envs[0], []
         while isinstance(sub_env, gymnasium.Wrapper):
             if isinstance(sub_env, gymnasium.wrappers.TimeLimit):
-                return sub_env._max_episode_steps
+                limits.append(sub_env._max_episode_steps)
             sub_env = sub_env.env
+        if limits:
+            return min(limits)
     if env.spec is None:
         return None
     return env.spec.kwargs.get("max_episode_steps", env.spec.max_episode_steps)

@@ -517,6 +517,19 @@ def test_clip_cuts_actions():
     assert names(env, cfg) == []
 
 
+@pytest.mark.parametrize("made", [tuple, list, np.array, torch.tensor])
+def test_clips_of_every_form_are_read(made):
+    """As the wrappers take them."""
+    env = Wrapper()
+    for clip, expected in (([-10.0, 10.0], []), ([-1.0, 1.0], ["clip-cuts-actions"])):
+        env.clip_actions = made(clip)
+        env.clip = lambda actions, clip=clip: actions.clamp(*clip)
+        assert names(env) == expected
+    env.clip_actions = made([[-0.5, -9.0], [0.5, 9.0]])
+    env.clip = lambda actions: actions.clamp(torch.tensor([-0.5, -9.0]), torch.tensor([0.5, 9.0]))
+    assert names(env) == ["clip-cuts-actions"]
+
+
 def test_clip_that_differs_by_joint_cuts_actions():
     env = Wrapper()
     env.clip = lambda actions: actions.clamp(torch.tensor([-0.5, -9.0]), torch.tensor([0.5, 9.0]))

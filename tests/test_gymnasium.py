@@ -240,6 +240,8 @@ def test_time_limit_none_and_from_a_wrapper_and_from_make():
     assert GymnasiumVecEnv("FastPPOCounterNoLimit-v0").max_episode_length == NO_TIME_LIMIT
     assert GymnasiumVecEnv(lambda: gymnasium.wrappers.TimeLimit(Counter(), 7)).max_episode_length == 7
     assert GymnasiumVecEnv("FastPPOCounter-v0", max_episode_steps=5).max_episode_length == 5
+    limit = gymnasium.wrappers.TimeLimit
+    assert GymnasiumVecEnv(lambda: limit(limit(Counter(), 5), 50)).max_episode_length == 5
     without = GymnasiumVecEnv("FastPPOCounter-v0", max_episode_steps=-1)  # Gymnasium's way to switch it off
     assert without.max_episode_length == NO_TIME_LIMIT and without.cfg["max_episode_steps"] is None
     vector_kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP}
@@ -250,6 +252,11 @@ def test_time_limit_none_and_from_a_wrapper_and_from_make():
     assert env.max_episode_length == LIMIT
     env.close()
     torch.randint_like(torch.zeros(2, dtype=torch.long), high=NO_TIME_LIMIT)  # what rsl_rl's random start does
+
+
+def test_seeds_of_numpy():
+    first, second = (GymnasiumVecEnv("Pendulum-v1", 2, seed=seed) for seed in (3, np.int64(3)))
+    assert torch.equal(first.get_observations()["policy"], second.get_observations()["policy"])
 
 
 def test_actions_are_clipped_for_the_environment_only():

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyfast_ppo._check_env.config import initial_std
 from pyfast_ppo._check_env.environment import innermost
 from pyfast_ppo._check_env.finding import Finding
+from pyfast_ppo.vec_env import clip_range
 
 _CUT_OFTEN = 0.05
 """Share of an untrained policy's actions that a clip may cut without a finding: [-2, 2] at a std of 1 is below."""
@@ -55,7 +56,7 @@ def clip_cuts_actions(env: VecEnv, cfg: dict | None) -> Finding | None:
     clip, declared = clip_of(env), declared_bounds(env)
     if clip is None:
         return None
-    low, high = (torch.as_tensor(side, dtype=torch.float64).cpu().expand(env.num_actions) for side in clip)
+    low, high = (torch.as_tensor(side, dtype=torch.float64) for side in clip)
     if declared is not None:  # bounds that the task itself has are no business of the clip's
         low = torch.where(low > declared[0], low, -math.inf)
         high = torch.where(high < declared[1], high, math.inf)
@@ -98,11 +99,14 @@ def declared_bounds(env: VecEnv) -> Bounds | None:
 
 
 def clip_of(env: VecEnv) -> tuple[Any, Any] | None:
-    """The wrapper's ``clip_actions`` as (low, high)."""
+    """The wrapper's ``clip_actions`` as (low, high), [A] each; None where there is none, or it means something else."""
     clip = getattr(env, "clip_actions", None)
     if clip is None or isinstance(clip, bool):
         return None
-    return tuple(clip) if isinstance(clip, tuple | list) else (-clip, clip)
+    try:
+        return clip_range(clip, env.num_actions)
+    except (TypeError, ValueError):
+        return None
 
 
 def range_of(bounds: Bounds) -> str:

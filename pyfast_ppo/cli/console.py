@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
 from typing import TextIO
@@ -22,6 +23,8 @@ class Console:
     def __init__(self, stream: TextIO | None = None) -> None:
         """Keep the stream; None: standard output."""
         self._stream = sys.stdout if stream is None else stream
+        if isinstance(self._stream, io.TextIOWrapper):  # a character that it does not know must not end the run
+            self._stream.reconfigure(errors="replace")
 
     def say(self, text: str = "", end: str = "\n") -> None:
         """Print one line, or its beginning, at once.

@@ -96,7 +96,10 @@ def set_aside_checkpoints(run_dir: Path, since: int) -> None:
     """Rename those of iterations that will be made again, or the next resume would take them for the newest."""
     for number, file in checkpoints(run_dir).items():
         if number >= since:
-            file.rename(file.with_name(file.name + ".old"))
+            aside, count = file.with_name(f"{file.name}.old"), 2
+            while aside.exists():  # from a resume before
+                aside, count = file.with_name(f"{file.name}.old{count}"), count + 1
+            file.rename(aside)
 
 
 def write_config(run_dir: Path, settings: Settings, config: dict) -> None:

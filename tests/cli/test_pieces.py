@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyfast_ppo.cli.console import Console, ProgressTable, clock
-from pyfast_ppo.cli.files import make_run_dir
+from pyfast_ppo.cli.files import make_run_dir, set_aside_checkpoints
 from pyfast_ppo.cli.history import History, Record
 from pyfast_ppo.cli.report import draw_learning_curve, print_summary
 from pyfast_ppo.cli.stop import StopRequest
@@ -75,6 +76,20 @@ def test_progress_shows_at_most_a_line_a_second_and_always_the_last(capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3723, "1:02:03")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+def test_characters_that_the_terminal_does_not_know_do_not_stop_the_run():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(stream).say("KL(old‖new) ± 0.1")
+    assert stream.buffer.getvalue() == b"KL(old?new) ? 0.1\n"
+
+
+def test_checkpoints_that_are_set_aside_twice_are_all_kept(tmp_path):
+    for content in (b"first", b"second", b"third"):
+        (tmp_path / "model_5.pt").write_bytes(content)
+        set_aside_checkpoints(tmp_path, 5)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert kept == {"model_5.pt.old": b"first", "model_5.pt.old2": b"second", "model_5.pt.old3": b"third"}
 
 
 def test_reader_that_goes_away_does_not_stop_the_run():
