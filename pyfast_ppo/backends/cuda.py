@@ -45,7 +45,7 @@ def _stream(device: torch.device) -> tuple[int, int]:
 
 def _launch(function: Callable, device: torch.device, *args: object) -> Any:
     """Calls a function of the extension while ``device`` is the current one."""
-    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(device):
         return function(*args)
