@@ -1,6 +1,6 @@
 """Actor and critic that are plain MLPs: their passes written out, without modules, distributions and autograd.
 
-Those take the host longer than the launches themselves (docs/performance.md), and on a GPU it is the host that small
+Those took the host more time than all else of an update (docs/performance.md), and on a GPU it is the host that small
 networks wait for.
 """
 
