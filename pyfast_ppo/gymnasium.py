@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,10 +17,11 @@ import torch
 from rsl_rl.env import VecEnv
 from tensordict import TensorDict
 
-from pyfast_ppo.vec_env import Bounds
+from pyfast_ppo.vec_env import Bounds, action_bounds
 
 try:
     import gymnasium
+    from gymnasium import VectorizeMode
     from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 except ImportError as error:
     raise ImportError(
@@ -85,6 +88,8 @@ class GymnasiumVecEnv(VecEnv):
     ) -> None:
         """Make the environments and reset them once.
 
+        Where this raises, environments that were made here are closed; a ``VectorEnv`` of the caller's is not.
+
         Args:
             env: An id (``"InvertedPendulum-v5"``), a callable that makes one environment, or a ``VectorEnv`` whose
                 autoreset mode is ``SAME_STEP``. The environments of a ``SyncVectorEnv`` are wrapped in place.
@@ -98,30 +103,29 @@ class GymnasiumVecEnv(VecEnv):
             TypeError: ``env`` is none of the three, or ``make_kwargs`` came with a ``VectorEnv``.
         """
         self.env = _make_vector_env(env, num_envs, make_kwargs)
-        try:
+        with contextlib.ExitStack() as on_error:
+            if self.env is not env:
+                on_error.callback(self.env.close)
             self._check_autoreset_mode()
             self._action_space = _checked_action_space(self.env.single_action_space)
             self._group_shapes = _group_shapes(self.env.single_observation_space)
-        except ValueError:
-            self.env.close()
-            raise
-
-        self.num_envs = self.env.num_envs
-        self.num_actions = int(np.prod(self._action_space.shape))
-        time_limit = _time_limit(self.env)
-        self.max_episode_length = NO_TIME_LIMIT if time_limit is None else time_limit
-        self.device = torch.device(device)
-        self.action_bounds = _action_bounds(self._action_space, self.device)
-        self.cfg = {
-            "env": env if isinstance(env, str) else str(self.env),
-            "num_envs": self.num_envs,
-            "seed": seed,
-            "max_episode_steps": time_limit,
-            "observation_space": str(self.env.single_observation_space),
-            "action_space": str(self.env.single_action_space),
-            "make_kwargs": {key: str(value) for key, value in make_kwargs.items()},
-        }
-        self.reset(seed=seed)
+            self.num_envs = self.env.num_envs
+            self.num_actions = int(np.prod(self._action_space.shape))
+            time_limit = _time_limit(self.env)
+            self.max_episode_length = NO_TIME_LIMIT if time_limit is None else time_limit
+            self.device = torch.device(device)
+            self.action_bounds = _action_bounds(self._action_space, self.device)
+            self.cfg = {
+                "env": env if isinstance(env, str) else str(self.env),
+                "num_envs": self.num_envs,
+                "seed": seed,
+                "max_episode_steps": time_limit,
+                "observation_space": str(self.env.single_observation_space),
+                "action_space": str(self.env.single_action_space),
+                "make_kwargs": {key: str(value) for key, value in make_kwargs.items()},
+            }
+            self.reset(seed=seed)
+            on_error.pop_all()
 
     @property
     def unwrapped(self) -> GymnasiumVecEnv:
@@ -286,6 +290,12 @@ def _make_vector_env(env: str | Callable | VectorEnv, num_envs: int, make_kwargs
         raise ValueError(f"num_envs must be at least 1, but is {num_envs}.")
     if isinstance(env, str):
         kwargs = {"vectorization_mode": "sync", **make_kwargs}
+        if kwargs["vectorization_mode"] in ("vector_entry_point", VectorizeMode.VECTOR_ENTRY_POINT):
+            raise ValueError(
+                'vectorization_mode="vector_entry_point" makes the VectorEnv that the task brings along, which is told'
+                f' neither an autoreset mode nor wrappers; use "sync" or "async", or pass gymnasium.make_vec({env!r},'
+                " ...) itself, if its autoreset mode is SAME_STEP."
+            )
         kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.SAME_STEP, **kwargs.get("vector_kwargs", {})}
         kwargs["wrappers"] = [*kwargs.get("wrappers", ()), _ForVectorEnv]
         return gymnasium.make_vec(env, num_envs=num_envs, **kwargs)
@@ -314,14 +324,8 @@ def _checked_action_space(space: gymnasium.Space) -> gymnasium.spaces.Box:
 
 
 def _action_bounds(space: gymnasium.spaces.Box, device: torch.device) -> Bounds | None:
-    if np.isinf(space.low).all() and np.isinf(space.high).all():
-        return None
-    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-    # rounding to float32 may have moved a bound out of a float64 space
-    low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
-    high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
-    low = np.minimum(low, high)  # a float64 range so narrow that it holds no float32 number
-    return torch.tensor(low.reshape(-1), device=device), torch.tensor(high.reshape(-1), device=device)
+    is_bounded = np.isfinite(space.low).any() or np.isfinite(space.high).any()
+    return action_bounds(space, math.inf, device) if is_bounded else None
 
 
 def _group_shapes(space: gymnasium.Space) -> dict[str, tuple[int, ...]]:

@@ -75,8 +75,9 @@ class RslRlVecEnvWrapper(StockWrapper):
     what Isaac Lab's managers keep, in the attributes of the environment and of Gymnasium wrappers around it (tensors,
     arrays, generators, containers of them, Isaac Lab's buffers), or in the random numbers of torch, NumPy and Python.
     State that a direct environment's ``_get_observations`` keeps elsewhere, such as a network that it trains, is out of
-    reach: such an environment needs ``final_obs=False``. An environment that brings its own ``step`` has final
-    observations only if it puts them into its extras, as with ``cfg.compute_final_obs = True``.
+    reach, and so are tensors and arrays of more than 2**20 elements without a dimension of size E, which are taken for
+    data: an environment that writes to them while it observes needs ``final_obs=False``. An environment that brings its
+    own ``step`` has final observations only if it puts them into its extras, as with ``cfg.compute_final_obs = True``.
     """
 
     action_bounds: Bounds | None
@@ -317,7 +318,8 @@ def _owners_of_state(env: Any) -> list[Any]:
 class _StateCopier:
     """Copies tensors, arrays, generators of random numbers, containers of all these, and Isaac Lab's buffers.
 
-    It leaves anything else as it is. What is the same object in two places is so in the copies.
+    It leaves anything else as it is, also large tensors and arrays without a dimension of size E (see ``is_state``).
+    What is the same object in two places is so in the copies.
     """
 
     def __init__(self, num_envs: int, owners: list[Any]) -> None:

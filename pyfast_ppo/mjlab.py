@@ -62,8 +62,9 @@ class RslRlVecEnvWrapper(StockWrapper):
 
     What is put back are the attributes of command terms, of class-based observation terms and of noise models: plain
     ones, tensors, mjlab's buffers, and these in dicts and lists. A term that changes other objects while it is
-    evaluated (its own random generator, a file) sees one evaluation more. A curriculum term has already acted when the
-    final observation is computed.
+    evaluated (its own random generator, a file, a tensor of more than 2**20 elements without a dimension of size E,
+    which is taken for data) sees one evaluation more. A curriculum term has already acted when the final observation is
+    computed.
 
     Observations are a :class:`TensorDict` with batch size ``[E]``, as in mjlab.
 
@@ -257,7 +258,10 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _put_back(objects: Iterable[object], num_envs: int) -> Iterator[None]:
-    """Afterwards the objects hold what they held: attributes, and within them tensors, dicts, lists, buffers, terms."""
+    """Afterwards the objects hold what they held: attributes, and within them tensors, dicts, lists, buffers, terms.
+
+    Large tensors without a dimension of size E are left as they are (see ``is_state``).
+    """
     tensors: list[tuple[Tensor, Tensor]] = []
     dicts: list[tuple[dict, dict]] = []
     lists: list[tuple[list, list]] = []

@@ -35,7 +35,8 @@ ClipActions = float | tuple[Limit, Limit] | None
 def action_bounds(space: Any, clip_actions: ClipActions, device: torch.device | str = "cpu") -> Bounds | None:
     """The range that actions are clipped to on their way into the environment.
 
-    It is the intersection of ``clip_actions`` and the declared space: a clip never widens what the environment allows.
+    It is the intersection of ``clip_actions`` and the declared space: a clip never widens what the environment allows,
+    nor does the rounding to float32.
 
     Args:
         space: The action space of one environment: a float ``Box`` of Gymnasium or mjlab with A elements.
@@ -59,10 +60,16 @@ def action_bounds(space: Any, clip_actions: ClipActions, device: torch.device | 
     if (low > high).any():
         joint = int(np.argmax(low > high))
         raise ValueError(
-            f"clip_actions={_shown(clip_actions)} does not meet the declared action space"
+            f"clip_actions={clip_shown(clip_actions)} does not meet the declared action space"
             f" [{declared_low[joint]:g}, {declared_high[joint]:g}] of joint {joint}; choose a range that overlaps it."
         )
-    return _to_tensor(low, device), _to_tensor(high, device)
+    with np.errstate(over="ignore"):  # to infinity, which is beyond the space again
+        low, high = low.astype(np.float32), high.astype(np.float32)
+    # the clip is rounded as torch.clamp rounds it, but not out of a float64 space
+    low = np.where(low < declared_low, np.nextafter(low, np.float32(np.inf)), low)
+    high = np.where(high > declared_high, np.nextafter(high, np.float32(-np.inf)), high)
+    low = np.minimum(low, high)  # a space so narrow that it holds no float32 number
+    return torch.tensor(low, device=device), torch.tensor(high, device=device)
 
 
 def clip_range(
@@ -103,10 +110,17 @@ def clip_range(
 
 
 def clip(actions: Tensor, bounds: Bounds) -> Tensor:
-    """A clipped copy of ``actions``, ``[E, A]``, of the same dtype. ``bounds`` come from :func:`action_bounds`."""
+    """A clipped copy of ``actions``, ``[E, A]``, of the same dtype, also in which it is within the bounds.
+
+    ``bounds`` come from :func:`action_bounds`.
+    """
     low, high = bounds
     if actions.dim() != 2 or actions.shape[1] != len(low):  # bounds would broadcast [E, 1] to [E, A] without a word
         raise ValueError(f"actions must have the shape [E, {len(low)}], but have {list(actions.shape)}.")
+    if actions.dtype in (torch.float16, torch.bfloat16):
+        eps = torch.finfo(actions.dtype).eps  # rounding moves a number by at most half of it, relatively
+        low = torch.where(low.to(actions.dtype) < low, low + eps * low.abs(), low)
+        high = torch.where(high.to(actions.dtype) > high, high - eps * high.abs(), high)
     return torch.clamp(actions, low.to(actions.dtype), high.to(actions.dtype))
 
 
@@ -115,8 +129,8 @@ def clipped_action_space(space: gymnasium.spaces.Box, bounds: Bounds) -> gymnasi
     from gymnasium.spaces import Box
 
     low, high = (bound.cpu().numpy().reshape(space.shape).astype(space.dtype) for bound in bounds)
-    # rounding to float32 may have moved a bound out of a float64 space
-    return Box(np.maximum(low, space.low), np.minimum(high, space.high), dtype=space.dtype)
+    # both lie outside a float64 space that holds no float32 number
+    return Box(np.clip(low, space.low, space.high), np.clip(high, space.low, space.high), dtype=space.dtype)
 
 
 _CUT = "_pyfast_ppo_cut_action_space"
@@ -147,7 +161,9 @@ def _declared_range(space: Any) -> tuple[np.ndarray, np.ndarray]:
     shape = tuple(space.shape)
     if 0 in shape:
         raise ValueError(f"the action space is {space}, which has no dimension to act in.")
-    low, high = (np.broadcast_to(np.asarray(side, np.float64), shape).reshape(-1) for side in (space.low, space.high))
+    # mjlab's are Python's numbers: 0.1 in a float32 space means the float32 number
+    sides = (np.asarray(side, space.dtype).astype(np.float64) for side in (space.low, space.high))
+    low, high = (np.broadcast_to(side, shape).reshape(-1) for side in sides)
     return low, high
 
 
@@ -172,16 +188,12 @@ def _is_number(value: Any) -> TypeGuard[SupportsFloat]:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def _to_tensor(values: np.ndarray, device: torch.device | str) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def _shown(clip_actions: ClipActions | Limit) -> str:
-    """``clip_actions`` in an error: tensors as lists."""
+def clip_shown(clip_actions: ClipActions | Limit) -> str:
+    """``clip_actions`` in a message, on one line: tensors as lists."""
     if isinstance(clip_actions, Tensor | np.ndarray):
         return str(clip_actions.tolist())
     if isinstance(clip_actions, Sequence):
-        return f"({', '.join(_shown(side) for side in clip_actions)})"
+        return f"({', '.join(clip_shown(side) for side in clip_actions)})"
     return str(clip_actions)
 
 
@@ -258,7 +270,8 @@ _LARGEST_STATE = 2**20
 def is_state(value: Tensor | np.ndarray, num_envs: int) -> bool:
     """Whether a tensor or array may change from step to step.
 
-    One of more elements, and without a dimension of size E, is data: a motion library, a terrain.
+    One of more elements, and without a dimension of size E, is taken for data: a motion library, a terrain. A buffer of
+    that kind (``[4 * E, 65536]``) that does change is missed.
     """
     return math.prod(value.shape) <= _LARGEST_STATE or num_envs in value.shape
 
@@ -280,7 +293,7 @@ def without_absent_options(config: dict[str, Any]) -> dict[str, Any]:
     """
     for network in (config[name] for name in ("actor", "critic") if isinstance(config.get(name), dict)):
         absent = [option for option in ("cnn_cfg", "distribution_cfg") if network.get(option) is None]
-        if network.get("rnn_type") is None:
+        if "rnn_type" in network and network["rnn_type"] is None:  # else the sizes are those of rsl_rl's RNNModel
             absent += ["rnn_type", "rnn_hidden_dim", "rnn_num_layers"]
         for option in absent:
             network.pop(option, None)

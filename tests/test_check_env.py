@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import inspect
 import random
@@ -348,6 +349,14 @@ def test_options_of_other_networks_are_taken_out_of_a_dataclass():
 
     assert names(Wrapper(), Config()) == []
 
+    class WithToDict:
+        def to_dict(self):
+            return dataclasses.asdict(Config())
+
+    as_mjlab_passes_it = dataclasses.asdict(Config())
+    assert names(Wrapper(), as_mjlab_passes_it) == names(Wrapper(), WithToDict()) == []
+    assert as_mjlab_passes_it == dataclasses.asdict(Config())
+
 
 def test_config_objects_are_read():
     class WithToDict:
@@ -527,7 +536,8 @@ def test_clips_of_every_form_are_read(made):
         assert names(env) == expected
     env.clip_actions = made([[-0.5, -9.0], [0.5, 9.0]])
     env.clip = lambda actions: actions.clamp(torch.tensor([-0.5, -9.0]), torch.tensor([0.5, 9.0]))
-    assert names(env) == ["clip-cuts-actions"]
+    finding = only(env)
+    assert finding.name == "clip-cuts-actions" and "-9.0" in finding.reason and "\n" not in finding.reason
 
 
 def test_clip_that_differs_by_joint_cuts_actions():

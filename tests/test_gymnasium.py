@@ -431,6 +431,43 @@ def test_other_autoreset_modes_are_refused_with_the_mend(mode):
         GymnasiumVecEnv(vector_env)
 
 
+def test_a_vector_env_that_is_refused_remains_the_callers():
+    vector_env = SyncVectorEnv([Counter], autoreset_mode=AutoresetMode.NEXT_STEP)
+    with pytest.raises(ValueError, match="NEXT_STEP"):
+        GymnasiumVecEnv(vector_env)
+    assert not vector_env.closed
+    fails = SyncVectorEnv([FailsToReset], autoreset_mode=AutoresetMode.SAME_STEP)
+    with pytest.raises(OSError, match="no assets"):
+        GymnasiumVecEnv(fails)
+    assert not fails.closed
+
+
+class FailsToReset(Counter):
+    closed = 0
+
+    def reset(self, *, seed=None, options=None):
+        raise OSError("no assets")
+
+    def close(self):
+        FailsToReset.closed += 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"), [({}, OSError), ({"device": "no_such_device"}, RuntimeError), ({"seed": 0.5}, TypeError)]
+)
+def test_what_was_made_here_is_closed_on_every_error(kwargs, error, monkeypatch):
+    monkeypatch.setattr(FailsToReset, "closed", 0)
+    with pytest.raises(error):
+        GymnasiumVecEnv(FailsToReset, num_envs=2, **kwargs)
+    assert FailsToReset.closed == 2
+
+
+@pytest.mark.parametrize("mode", ["vector_entry_point", gymnasium.VectorizeMode.VECTOR_ENTRY_POINT])
+def test_a_tasks_own_vector_env_is_refused_with_the_mend(mode):
+    with pytest.raises(ValueError, match=r'neither an autoreset mode nor wrappers; use "sync".*make_vec'):
+        GymnasiumVecEnv("CartPole-v1", vectorization_mode=mode)
+
+
 @pytest.mark.parametrize("vector_class", [SyncVectorEnv, AsyncVectorEnv])
 def test_vector_env_is_taken_as_it_is(vector_class):
     vector_env = vector_class([lambda: Counter(2)] * 3, autoreset_mode=AutoresetMode.SAME_STEP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -94,10 +95,29 @@ def test_a_declared_space_is_never_widened(clip_actions, low, high):
     assert batched.shape == (5, 3)
 
 
-def test_rounding_does_not_widen_a_float64_space():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("clip_actions", [1.0, 0.1, math.inf])
+def test_rounding_does_not_widen_a_float64_space(clip_actions, dtype):
     declared = spaces.Box(-0.1, 0.1, (2,), np.float64)  # float32(0.1) > 0.1
-    space = clipped_action_space(declared, action_bounds(declared, 1.0))
-    assert space == declared and space.dtype == np.float64
+    bounds = action_bounds(declared, clip_actions)
+    space = clipped_action_space(declared, bounds)
+    executed = clip(torch.tensor([[-9.0, 9.0], [9.0, -9.0]], dtype=dtype), bounds)
+    assert space.dtype == np.float64 and executed.dtype == dtype
+    for action in executed.double().numpy():
+        assert declared.contains(action) and space.contains(action)
+        np.testing.assert_allclose(np.abs(action), 0.1, rtol=2 * max(torch.finfo(dtype).eps, 1e-7))
+
+
+def test_an_action_that_cannot_move_keeps_its_space():
+    declared = spaces.Box(0.1, 0.1, (1,), np.float64)
+    bounds = action_bounds(declared, 1.0)
+    assert bounds[0].item() == bounds[1].item() == pytest.approx(0.1)
+    assert clipped_action_space(declared, bounds) == declared
+
+
+def test_bounds_beyond_float32_stay_within_the_space():
+    low, high = action_bounds(spaces.Box(-1e300, 1e300, (1,), np.float64), math.inf)
+    assert high.item() == -low.item() == torch.finfo(torch.float32).max
 
 
 def test_spaces_with_more_dimensions_are_flat_in_the_bounds():
@@ -113,6 +133,7 @@ def test_spaces_with_more_dimensions_are_flat_in_the_bounds():
         (MjlabBox((2,)), [-3.0, -3.0], [3.0, 3.0]),
         (MjlabBox((2,), low=-1.0), [-1.0, -1.0], [3.0, 3.0]),
         (MjlabBox((2,), low=(-1.0, -5.0), high=(0.5, 0.25)), [-1.0, -3.0], [0.5, 0.25]),
+        (MjlabBox((2,), low=-0.1, high=0.1), [float(np.float32(-0.1))] * 2, [float(np.float32(0.1))] * 2),
     ],
 )
 def test_spaces_of_mjlab(space, low, high):
@@ -205,6 +226,17 @@ def test_clip_returns_a_new_tensor(dtype):
 def test_one_number_clips_as_torch_does():
     actions = torch.randn(64, 3) * 3
     assert torch.equal(clip(actions, action_bounds(UNBOUNDED, 0.1)), torch.clamp(actions, -0.1, 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_clip_does_not_round_out_of_the_bounds(dtype):
+    values = torch.linspace(-3.0, 3.0, 1001)
+    bounds = (values, values + 1e-2 + values.abs() / 50)
+    sides = (clip(torch.full((1, 1001), far, dtype=dtype), bounds)[0] for far in (-math.inf, math.inf))
+    for side in sides:
+        assert (side >= bounds[0]).all() and (side <= bounds[1]).all()
+    unbounded = (torch.tensor([-math.inf]), torch.tensor([math.inf]))
+    assert clip(torch.tensor([[9.0]], dtype=dtype), unbounded).item() == 9.0
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (4, 2), (3,), (1, 4, 3)])
@@ -307,3 +339,5 @@ def test_options_that_are_not_used_are_taken_out() -> None:
         "critic": {"activation": None},
         "seed": None,
     }
+    by_default = {"actor": {"class_name": "RNNModel", "rnn_hidden_dim": 64}}
+    assert without_absent_options(copy.deepcopy(by_default)) == by_default

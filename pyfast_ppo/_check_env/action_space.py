@@ -12,7 +12,7 @@ from torch import Tensor
 from pyfast_ppo._check_env.config import initial_std
 from pyfast_ppo._check_env.environment import innermost
 from pyfast_ppo._check_env.finding import Finding
-from pyfast_ppo.vec_env import clip_range
+from pyfast_ppo.vec_env import clip_range, clip_shown
 
 _CUT_OFTEN = 0.05
 """Share of an untrained policy's actions that a clip may cut without a finding: [-2, 2] at a std of 1 is below."""
@@ -56,7 +56,7 @@ def clip_cuts_actions(env: VecEnv, cfg: dict | None) -> Finding | None:
     clip, declared = clip_of(env), declared_bounds(env)
     if clip is None:
         return None
-    low, high = (torch.as_tensor(side, dtype=torch.float64) for side in clip)
+    low, high = map(torch.tensor, clip)  # copies: broadcast arrays cannot be written to
     if declared is not None:  # bounds that the task itself has are no business of the clip's
         low = torch.where(low > declared[0], low, -math.inf)
         high = torch.where(high < declared[1], high, math.inf)
@@ -146,4 +146,4 @@ def _bounds(space: Any, env: VecEnv) -> Bounds | None:
 
 def _clip_shown(env: VecEnv) -> str:
     clip = env.clip_actions
-    return f"{clip:g}" if isinstance(clip, int | float) else str(clip)
+    return f"{clip:g}" if isinstance(clip, int | float) else clip_shown(clip)

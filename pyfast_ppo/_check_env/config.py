@@ -12,15 +12,15 @@ from pyfast_ppo.vec_env import without_absent_options
 
 
 def as_dict(train_cfg: Any) -> dict | None:
-    """A copy of the config as a dict."""
+    """A copy of the config as a dict, without what mjlab's runner takes out of it."""
     if train_cfg is None:
         return None
     if isinstance(train_cfg, Mapping):
-        return copy.deepcopy(dict(train_cfg))
+        return without_absent_options(copy.deepcopy(dict(train_cfg)))
     if isinstance(train_cfg, type):
         raise TypeError(f"train_cfg must be a config, but is the class {train_cfg.__name__}: make one, with ().")
     if callable(getattr(train_cfg, "to_dict", None)):
-        return copy.deepcopy(train_cfg.to_dict())
+        return without_absent_options(copy.deepcopy(train_cfg.to_dict()))
     if dataclasses.is_dataclass(type(train_cfg)):
         return without_absent_options(dataclasses.asdict(train_cfg))
     raise TypeError(

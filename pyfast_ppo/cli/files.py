@@ -96,10 +96,15 @@ def set_aside_checkpoints(run_dir: Path, since: int) -> None:
     """Rename those of iterations that will be made again, or the next resume would take them for the newest."""
     for number, file in checkpoints(run_dir).items():
         if number >= since:
-            aside, count = file.with_name(f"{file.name}.old"), 2
-            while aside.exists():  # from a resume before
-                aside, count = file.with_name(f"{file.name}.old{count}"), count + 1
-            file.rename(aside)
+            file.rename(free_name(file.with_name(f"{file.name}.old")))  # there may be one from a resume before
+
+
+def free_name(path: Path) -> Path:
+    """The path, with the first number behind it that no file has if it is taken: ``a``, ``a2``, ``a3``."""
+    free, count = path, 2
+    while free.exists():
+        free, count = path.with_name(f"{path.name}{count}"), count + 1
+    return free
 
 
 def write_config(run_dir: Path, settings: Settings, config: dict) -> None:

@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rsl_rl.env import VecEnv
@@ -41,6 +42,7 @@ class TrainRunner(OnPolicyRunner):
             super().__init__(env, copy.deepcopy(config), str(run_dir), device)
         self._stock_log = self.logger.log
         self.logger.log = self._log
+        self.whole_iterations = 0  # of the run; rsl_rl's own count is one ahead between a resume and the next iteration
 
     @property
     def mean_reward(self) -> float | None:
@@ -109,7 +111,7 @@ class TrainRunner(OnPolicyRunner):
             raise UserError(
                 f"{path} does not fit the networks of this task; it was made with other settings or another version."
             ) from error
-        self.current_learning_iteration = checkpoint["iter"] + 1
+        self.current_learning_iteration = self.whole_iterations = checkpoint["iter"] + 1
         infos = checkpoint.get("infos") or {}
         self.logger.tot_timesteps = infos.get("env_steps", 0)
         self.logger.tot_time = infos.get("seconds", 0)
@@ -154,7 +156,8 @@ class TrainRunner(OnPolicyRunner):
             with contextlib.suppress(OSError), _quiet_log_writer():
                 self.logger.writer.close()
 
-    def _log(self, **values: object) -> None:
+    def _log(self, **values: Any) -> None:
+        self.whole_iterations = values["it"] + 1
         self._stock_log(**values)
         self._on_iteration(**values)
 

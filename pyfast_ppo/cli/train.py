@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from pathlib import Path
 
+from pyfast_ppo.cli import files
 from pyfast_ppo.cli.arguments import positive, seed
 from pyfast_ppo.cli.errors import UserError
 from pyfast_ppo.cli.train_config import ALGORITHMS, Settings, default_iterations
@@ -59,10 +61,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: An argument is wrong, something is missing, or the run failed for a known reason.
     """
-    needed = ("matplotlib",) if args.task or args.resume else ("gymnasium", "mujoco", "matplotlib")
+    needed = ("matplotlib",) if _is_simulated(args) else ("gymnasium", "mujoco", "matplotlib")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"training needs {' and '.join(missing)}; install with: pip install 'pyfast-ppo[gym]'")
     from pyfast_ppo.cli.training import train  # torch, rsl_rl and matplotlib: only when they are used
 
     return train(args)
+
+
+def _is_simulated(args: argparse.Namespace) -> bool:
+    """Whether it is a task of Isaac Lab or mjlab; where a run is resumed, its settings say so."""
+    if args.task is not None or args.resume is None:
+        return args.task is not None
+    return files.read_settings(files.find_checkpoint(Path(args.resume)).parent).simulated

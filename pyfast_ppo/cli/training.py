@@ -81,10 +81,9 @@ def _train(settings: Settings, task: Task, run_dir: Path, checkpoint: Path | Non
             stopped = True
             runner.save(str(_last_checkpoint(runner, run_dir)))
         except KeyboardInterrupt:
-            if history.records:  # under the number of the last whole iteration, with the steps taken since
-                runner.current_learning_iteration = history.records[-1].iteration
-                runner.save(str(_last_checkpoint(runner, run_dir)))
-            console.say(f"stopped within iteration {len(history.records) + 1}; {_how_to_go_on(run_dir)}")
+            unfinished = _save_unfinished(runner, run_dir)
+            how = _how_to_go_on(run_dir, unfinished)
+            console.say(f"stopped within iteration {runner.whole_iterations + 1}; {how}")
             return 130
         except task.divergence as error:
             saved = f"checkpoints from before are in {run_dir}" if files.checkpoints(run_dir) else _NOTHING_SAVED
@@ -222,10 +221,33 @@ def _is_of_writing(error: OSError, run_dir: Path) -> bool:
     return Path(str(error.filename)).absolute().is_relative_to(run_dir.absolute())
 
 
-def _how_to_go_on(run_dir: Path) -> str:
-    if not files.checkpoints(run_dir):
+def _save_unfinished(runner: TrainRunner, run_dir: Path) -> Path | None:
+    """Save the present state under the number of the last whole iteration, with the steps taken since.
+
+    A checkpoint that has that number already, without these steps, is kept: the state then has a name beside it.
+
+    Returns:
+        The file; None before the first iteration is whole.
+    """
+    if runner.whole_iterations == 0:
+        return None
+    runner.current_learning_iteration = runner.whole_iterations - 1
+    path = _last_checkpoint(runner, run_dir)
+    if path.exists():
+        path = files.free_name(path.with_name(f"{path.name}.stopped"))
+    runner.save(str(path))
+    return path
+
+
+def _how_to_go_on(run_dir: Path, unfinished: Path | None = None) -> str:
+    """``unfinished``: what was saved within an iteration."""
+    newest = files.checkpoints(run_dir)
+    if not newest:
         return _NOTHING_SAVED
-    return f"resume with: pyfast-ppo train --resume {shlex.quote(str(run_dir))}"
+    resume = f"resume with: pyfast-ppo train --resume {shlex.quote(str(run_dir))}"
+    if unfinished is None or unfinished in newest.values():
+        return resume
+    return f"{resume}, or with the steps within the iteration: --resume {shlex.quote(str(unfinished))}"
 
 
 def _last_checkpoint(runner: TrainRunner, run_dir: Path) -> Path:

@@ -328,6 +328,32 @@ def test_a_second_signal_saves_too(train, run_command, tmp_path, monkeypatch, wh
     assert [int(row["iteration"]) for row in history(tmp_path)] == list(range(5))
 
 
+def test_a_second_signal_leaves_a_whole_checkpoint_alone(train, run_command, tmp_path, monkeypatch):
+    """And the number does not come from progress.csv, which somebody may have taken away."""
+    train("--log-dir", tmp_path)
+    whole = (tmp_path / "model_1.pt").read_bytes()
+    (tmp_path / "progress.csv").unlink()
+    step = FusedPPO._apply
+
+    def interrupted(alg, update):
+        step(alg, update)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopped = [tmp_path / "model_1.pt.stopped", tmp_path / "model_1.pt.stopped2"]
+    for file in stopped:
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedPPO, "_apply", interrupted)
+            outcome = train("--resume", tmp_path, "--iterations", 4)
+        assert outcome.code == 130 and "stopped within iteration 3; " in outcome.out
+        assert f"--resume {tmp_path}, or with the steps within the iteration: --resume {file}\n" in outcome.out
+        assert (tmp_path / "model_1.pt").read_bytes() == whole
+        assert not torch.equal(weights(file)["mlp.0.weight"], weights(tmp_path / "model_1.pt")["mlp.0.weight"])
+    outcome = run_command("train", "--resume", stopped[0], "--iterations", 3)
+    assert outcome.code == 0 and f"resumed from {stopped[0]}" in outcome.out
+    assert [row["iteration"] for row in history(tmp_path)] == ["2"]
+
+
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pyfast_ppo.cli.main import main
@@ -448,6 +474,14 @@ def test_device_that_is_not_there_is_named(train, device):
 def test_missing_package_names_the_extra(train, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert_one_sentence(train(), 2, package, "pip install 'pyfast-ppo[gym]'")
+
+
+@pytest.mark.parametrize("package", ["gymnasium", "mujoco"])
+def test_missing_package_is_named_on_resume(train, tmp_path, monkeypatch, package):
+    train("--log-dir", tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    outcome = train("--resume", tmp_path, "--iterations", 4)
+    assert_one_sentence(outcome, 2, f"training needs {package}", "pip install 'pyfast-ppo[gym]'")
 
 
 @pytest.mark.parametrize(
