@@ -38,8 +38,20 @@ def forward_pass(backend: ModuleType, x: Tensor, parameters: Sequence[Tensor]) -
     outputs = [x]
     with _without_autocast(backend):
         for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
-            outputs.append(backend.add_bias_and_elu(torch.mm(outputs[-1], weight.t()), bias))
+            outputs.append(_layer(backend, outputs[-1], weight, bias))
     return outputs
+
+
+def last_output(backend: ModuleType, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """What ``forward_pass`` ends with; nothing else is kept."""
+    with _without_autocast(backend):
+        for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
+            x = _layer(backend, x, weight, bias)
+    return x
+
+
+def _layer(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return backend.add_bias_and_elu(torch.mm(x, weight.t()), bias)
 
 
 def backward_pass(

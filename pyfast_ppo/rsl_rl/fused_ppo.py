@@ -475,7 +475,7 @@ class FusedPPO(FusedRollout):
             return None
         if self._storage_draws or self.actor is not self._raw_actor or self.critic is not self._raw_critic:
             return None  # mini-batches of the user's own; compiled models
-        return PlainNetworks.of(kernels, self._raw_actor, self._raw_critic, self.storage.observations)
+        return PlainNetworks.for_update(kernels, self._raw_actor, self._raw_critic, self.storage.observations)
 
     def _step(self, pieces: list[RolloutStorage.Batch], run: Run, plain: PlainNetworks | None) -> None:
         """One step of the optimizer, with a mini-batch in pieces."""

@@ -139,6 +139,14 @@ def _is_fusible(backend: ModuleType, layer: nn.Module, activation: nn.Module) ->
 
 def has_own_ways(module: nn.Module) -> bool:
     """Hooks that want to see what passes, or a forward of this one alone; ours are not there yet."""
-    if any(getattr(module, f"_{name}") or getattr(torch_module, f"_global_{name}") for name in _HOOKS):
-        return True
-    return "forward" in vars(module)
+    return any(hooks_of(module)) or any(hooks_of_all()) or "forward" in vars(module)
+
+
+def hooks_of(module: nn.Module) -> list[dict]:
+    """That see what passes."""
+    return [getattr(module, f"_{name}") for name in _HOOKS]
+
+
+def hooks_of_all() -> list[dict]:
+    """Of all modules at once."""
+    return [getattr(torch_module, f"_global_{name}") for name in _HOOKS]

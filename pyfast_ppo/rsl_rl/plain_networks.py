@@ -1,15 +1,17 @@
 """Actor and critic that are plain MLPs: their passes written out, without modules, distributions and autograd.
 
 Those took the host more time than all else of an update (docs/performance.md), and on a GPU it is the host that small
-networks wait for.
+networks wait for. Hidden layers are the fused ones in a rollout, too: the actions are those of rsl_rl to rounding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from numbers import Real
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,26 +23,58 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyfast_ppo.ops.hidden_layers import backward_pass, forward_pass
-from pyfast_ppo.rsl_rl.mlp import fuses_whole, has_own_ways, latent_of, only_reads_its_latent
+from pyfast_ppo.ops.hidden_layers import backward_pass, forward_pass, last_output
+from pyfast_ppo.rsl_rl.mlp import fuses_whole, has_own_ways, hooks_of, hooks_of_all, latent_of, only_reads_its_latent
+from pyfast_ppo.rsl_rl.policy import drawn, reason_not_fused
+
+
+class Acted(NamedTuple):
+    """What a step of a rollout stores of both networks, for E environments."""
+
+    actions: Tensor  # [E, A]
+    log_prob: Tensor  # [E], of the actions
+    values: Tensor  # [E, 1]
+    mean: Tensor  # [E, A]
+    std: Tensor  # [E, A], one row
 
 
 class PlainNetworks:
     """Forward and backward passes of both, which leave gradients where autograd leaves them, and the same."""
 
     def __init__(self, backend: ModuleType, actor: MLPModel, critic: MLPModel) -> None:
+        self._models = actor, critic
+        self._parts = _Parts(actor, critic)
+        self._backend = backend
         self._actor, self._critic = _PlainMlp(backend, actor), _PlainMlp(backend, critic)
         self._distribution = actor.distribution
         self._std = _Std(actor.distribution)
 
+    def __reduce__(self) -> tuple:
+        """Copies of an algorithm have none until they ask for their own."""
+        return type(None), ()
+
     @staticmethod
-    def of(backend: ModuleType, actor: nn.Module, critic: nn.Module, obs: TensorDict) -> PlainNetworks | None:
+    def for_update(backend: ModuleType, actor: nn.Module, critic: nn.Module, obs: TensorDict) -> PlainNetworks | None:
         """None where something about them is unusual, or ``backend``, one of pyfast_ppo.backends, does not fuse them.
 
         ``obs``: the rollout's, whose types count. What is changed later shows in the next update. Hooks of the nodes in
         which autograd accumulates gradients cannot be seen.
         """
-        if not backend.FUSES_UPDATE or _autograd_is_watched() or torch.is_autocast_enabled(backend.DEVICE_TYPE):
+        return None if _autograd_is_watched() else PlainNetworks._of(backend, actor, critic, obs)
+
+    @staticmethod
+    def for_rollout(backend: ModuleType, actor: nn.Module, critic: nn.Module, obs: TensorDict) -> PlainNetworks | None:
+        """As for an update. ``serve`` tells whether anything has changed."""
+        plain = PlainNetworks._of(backend, actor, critic, obs)
+        if plain is None or reason_not_fused(actor):
+            return None
+        ways = (type(plain._distribution).sample, type(plain._distribution).log_prob)
+        usual = ways == (GaussianDistribution.sample, GaussianDistribution.log_prob)
+        return plain if usual and all(_comes_from("rsl_rl", way) for way in ways) else None
+
+    @staticmethod
+    def _of(backend: ModuleType, actor: nn.Module, critic: nn.Module, obs: TensorDict) -> PlainNetworks | None:
+        if not backend.FUSES_UPDATE or torch.is_autocast_enabled(backend.DEVICE_TYPE):
             return None
         if not isinstance(actor, MLPModel) or not isinstance(critic, MLPModel):
             return None
@@ -50,6 +84,24 @@ class PlainNetworks:
         if critic.distribution is not None or not _is_plain_gaussian(actor.distribution):
             return None
         return PlainNetworks(backend, actor, critic)
+
+    def serve(self, actor: nn.Module, critic: nn.Module) -> bool:
+        """Whether they stand for these as they are now, where autograd asks for nothing."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self._backend.DEVICE_TYPE):
+            return False
+        return (actor, critic) == self._models and self._parts.are_as_before()
+
+    def act(self, obs: TensorDict) -> Acted:
+        """As rsl_rl's forward passes with the same random numbers, to rounding; and so is the actor's distribution."""
+        mean, std = self._actor.evaluate(obs), self._std.forward()
+        self._distribution._distribution = law = Normal(mean, std)
+        actions = drawn(mean, std)
+        log_prob = self._backend.gaussian_log_prob(actions, mean, std)
+        return Acted(actions, log_prob, self._critic.evaluate(obs), mean, law.stddev)
+
+    def values(self, obs: TensorDict) -> Tensor:
+        """[N, 1]."""
+        return self._critic.evaluate(obs)
 
     @torch.no_grad()
     def forward(self, obs: TensorDict, *, sample: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +123,30 @@ class PlainNetworks:
         self._std.backward(grad_std)
 
 
+class _Parts:
+    """Of models: notices other modules and parameters, and functions and hooks that were added.
+
+    Asked in each step of a rollout: hence no loop in Python.
+    """
+
+    def __init__(self, *models: nn.Module) -> None:
+        self._modules = [part for model in models for part in model.modules()]
+        self._holders: list[dict] = [held for part in self._modules for held in (part._modules, part._parameters)]
+        self._hooks = [hooks for part in self._modules for hooks in hooks_of(part)] + hooks_of_all()
+        self._held = self._contents()  # nobody else can have their ids
+        self._before = self._state()
+
+    def are_as_before(self) -> bool:
+        return self._state() == self._before
+
+    def _contents(self) -> list:
+        return list(chain.from_iterable(map(dict.values, self._holders)))
+
+    def _state(self) -> tuple[list, ...]:
+        sizes = map(len, chain(map(vars, self._modules), self._hooks))
+        return list(map(type, self._modules)), list(sizes), list(map(id, self._contents()))
+
+
 class _PlainMlp:
     def __init__(self, backend: ModuleType, model: MLPModel) -> None:
         self._backend = backend
@@ -80,6 +156,11 @@ class _PlainMlp:
         self._last = last
         self._needs = [parameter.requires_grad for parameter in self._hidden]
         self._outputs: list[Tensor] = []
+
+    def evaluate(self, obs: TensorDict) -> Tensor:
+        """Without a backward pass to come."""
+        x = last_output(self._backend, self._latent(obs), self._hidden)
+        return F.linear(x, self._last.weight, self._last.bias)
 
     def forward(self, obs: TensorDict) -> Tensor:
         self._outputs = forward_pass(self._backend, self._latent(obs), self._hidden)

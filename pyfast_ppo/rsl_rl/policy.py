@@ -86,8 +86,9 @@ def store_std_once(storage: RolloutStorage, transition: RolloutStorage.Transitio
     mean, std = transition.distribution_params
     if storage.distribution_params is None and is_shared_row(std):
         num_steps = storage.num_transitions_per_env
-        means = torch.zeros(num_steps, *mean.shape, device=storage.device)
-        row = torch.zeros(std.shape[-1], device=storage.device)
+        with torch.inference_mode(False):  # written to in and outside of inference mode
+            means = torch.zeros(num_steps, *mean.shape, device=storage.device)
+            row = torch.zeros(std.shape[-1], device=storage.device)
         storage.distribution_params = (means, row.expand(num_steps, *std.shape))
     if storage.distribution_params is not None and keeps_row(storage, std):
         transition.distribution_params = (mean,)
@@ -112,7 +113,8 @@ def keeps_row(storage: RolloutStorage, std: Tensor) -> bool:
 def keep_all_stds(storage: RolloutStorage) -> None:
     """Gives the storage memory for [T, E, A] stds where it had one row, which it then has in each place."""
     if storage.distribution_params is not None:
-        storage.distribution_params = tuple(params.contiguous() for params in storage.distribution_params)
+        with torch.inference_mode(False):
+            storage.distribution_params = tuple(params.contiguous() for params in storage.distribution_params)
 
 
 def sample_without_waiting(distribution: GaussianDistribution) -> Tensor:
@@ -121,8 +123,12 @@ def sample_without_waiting(distribution: GaussianDistribution) -> Tensor:
     if own is not GaussianDistribution.sample or law_not_gaussian(distribution):
         return own(distribution)
     with torch.no_grad():
-        mean, std = distribution.mean, distribution.std
-        return torch.randn_like(mean).mul_(std).add_(mean)
+        return drawn(distribution.mean, distribution.std)
+
+
+def drawn(mean: Tensor, std: Tensor) -> Tensor:
+    """What ``Normal(mean, std).sample()`` draws, to the bit: [N, A]. ``std``: [A] or [N, A]."""
+    return torch.randn_like(mean).mul_(std).add_(mean)
 
 
 def log_prob_at_once(distribution: GaussianDistribution, outputs: Tensor, *, backend: str | None) -> Tensor:

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from rsl_rl.algorithms import PPO
+from rsl_rl.storage import RolloutStorage
 from tensordict import TensorDict
 from torch import Tensor
 
+from pyfast_ppo import backends
 from pyfast_ppo.ops.gae import gae
 from pyfast_ppo.precision import matmul_precision
 from pyfast_ppo.reference import arithmetic_dtype
 from pyfast_ppo.rsl_rl.bootstrap import FinalValues
 from pyfast_ppo.rsl_rl.captured import Captured, addresses, settings
 from pyfast_ppo.rsl_rl.mini_batches import has_running_statistics, own_methods
+from pyfast_ppo.rsl_rl.plain_networks import PlainNetworks
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
     Instead,
@@ -29,6 +32,7 @@ from pyfast_ppo.rsl_rl.policy import (
     store_std_once,
 )
 from pyfast_ppo.rsl_rl.ranks import standardized_over_ranks
+from pyfast_ppo.rsl_rl.step_memory import RolloutMemory, StepMemory
 from pyfast_ppo.rsl_rl.streams import beside
 
 logger = logging.getLogger(__name__)
@@ -62,6 +66,9 @@ class FusedRollout(PPO):
         self._is_gaussian = False
         self._captured_rollout: Captured[None] | None = None
         self._rollout_key: tuple = ()
+        self._memory: RolloutMemory | None = None
+        self._plain: PlainNetworks | None = None  # what the rollout acts by, if nothing is unusual
+        self._stored: dict[str, Any] = {}  # the transition, where the storage has it already, but for its outcome
         self._last_obs: Any = None  # the memory of what the rollout ended with, for a graph
 
     def _fuse_rollout(self, cuda_graph: bool) -> str | None:
@@ -90,30 +97,82 @@ class FusedRollout(PPO):
     def act(self, obs: TensorDict) -> Tensor:
         """Sample actions and store transition data."""
         st = self.storage
-        if st.step >= st.num_transitions_per_env:
-            return self._act(obs)
-        kept = st.observations[st.step]
-        if obs.batch_size != kept.batch_size:  # of other environments, as for an evaluation
-            return self._act(obs)
-        kept.copy_(obs)  # now: an environment may write into its observations while it steps
-        if self._captured_rollout is not None and st.step == 0:
-            self._rollout_key = self._key_of_rollout()
-        if self._captured_rollout is None or st.distribution_params is None:  # which the first rollout makes
+        if st.step >= st.num_transitions_per_env or obs.batch_size != st.observations.batch_size[1:]:
+            return self._act(obs)  # of other environments, as for an evaluation
+        if st.step == 0:
+            self._follow_rollout()
+        memory = self._memory_of_step()
+        memory.observations.copy_(obs)  # now: an environment may write into its observations while it steps
+        captured = self._captured_rollout
+        usual = self._is_gaussian and not self._recurrent and not self._own_methods
+        if not memory.params or not (usual or captured is not None):  # the first rollout makes room for them
             actions = self._act(obs)
+            self.transition.observations = memory.observations
+            return actions
+        if captured is None:
+            self._act_into(memory, obs)
+            actions = self.transition.actions
         else:
-            self._captured_rollout.run(lambda: self._act_into_storage(kept), lambda: self._rollout_key, slot=st.step)
-            actions = st.actions[st.step].clone()  # an environment may write into these, too
-            self.transition.hidden_states = (None, None)
-            self.transition.actions = st.actions[st.step]
-            self.transition.values = st.values[st.step]
-            self.transition.actions_log_prob = st.actions_log_prob[st.step]
-            self.transition.distribution_params = tuple(params[st.step] for params in st.distribution_params)
-        self.transition.observations = kept
+            captured.run(lambda: self._act_into(memory, memory.observations), lambda: self._rollout_key, slot=st.step)
+            actions = memory.actions.clone()  # an environment may write into these, too
+        self._put_into_transition(self._memory_of_step())  # an unusual std has got more
         return actions
 
     def _act(self, obs: TensorDict) -> Tensor:
-        with self._acting(), self._critic_beside_actor():
-            return super().act(obs)
+        if (plain := self._plain_now()) is None:
+            with self._acting(), self._critic_beside_actor():
+                return super().act(obs)
+        acted = plain.act(obs)
+        self.transition.hidden_states = (None, None)
+        self.transition.actions, self.transition.values = acted.actions, acted.values
+        self.transition.actions_log_prob = acted.log_prob
+        self.transition.distribution_params = (acted.mean, acted.std)
+        return acted.actions
+
+    def _act_into(self, memory: StepMemory, obs: TensorDict) -> None:
+        """Acts, and stores what that gives at the present step of the storage."""
+        self._act(obs)
+        st, acted = self.storage, self.transition
+        memory.actions.copy_(acted.actions)
+        memory.values.copy_(acted.values)
+        memory.log_prob.copy_(acted.actions_log_prob.view(-1, 1))
+        mean, std = acted.distribution_params
+        memory.params[0].copy_(mean)
+        if not keeps_row(st, std):
+            st.distribution_params[1][st.step].copy_(std)
+
+    def _put_into_transition(self, memory: StepMemory) -> None:
+        self.transition.hidden_states = (None, None)
+        self.transition.observations = memory.observations
+        self.transition.actions, self.transition.values = memory.actions, memory.values
+        self.transition.actions_log_prob, self.transition.distribution_params = memory.log_prob, memory.params
+        self._stored = dict(vars(self.transition))
+
+    def _follow_rollout(self) -> None:
+        """Before its first step: what may have changed since the last one."""
+        if self._memory is None or not self._memory.is_of(self.storage):
+            self._memory = RolloutMemory(self.storage)
+        self._follow_storage()
+        self._plain = self._plain_networks_of_rollout()
+        if self._captured_rollout is not None:
+            self._rollout_key = self._key_of_rollout()
+
+    def _memory_of_step(self) -> StepMemory:
+        if self._memory is None or not self._memory.has_params_of(self.storage):
+            self._memory = RolloutMemory(self.storage)
+        return self._memory.steps[self.storage.step]
+
+    def _plain_networks_of_rollout(self) -> PlainNetworks | None:
+        """Actor and critic, if those are the usual ones."""
+        compiled = self.actor is not self._raw_actor or self.critic is not self._raw_critic
+        if compiled or self._two_streams or not self._is_gaussian:
+            return None
+        kernels = backends.select(self.backend, torch.device(self.device))
+        return PlainNetworks.for_rollout(kernels, self.actor, self.critic, self.storage.observations)
+
+    def _plain_now(self) -> PlainNetworks | None:
+        plain = self._plain
+        return plain if plain is not None and plain.serve(self.actor, self.critic) else None
 
     def _acting(self) -> AbstractContextManager[None]:
         compiled = self.actor is not self._raw_actor  # then the compiler makes of the sampling what it can
@@ -129,18 +188,6 @@ class FusedRollout(PPO):
         shared = set(self._raw_actor.parameters()) & set(self._raw_critic.parameters())
         return nullcontext() if shared else beside(self._raw_critic)
 
-    def _act_into_storage(self, obs: TensorDict) -> None:
-        """Acts, and stores what that gives at the present step of the storage."""
-        self._act(obs)
-        st, acted = self.storage, self.transition
-        st.actions[st.step].copy_(acted.actions)
-        st.values[st.step].copy_(acted.values)
-        st.actions_log_prob[st.step].copy_(acted.actions_log_prob.view(-1, 1))
-        mean, std = acted.distribution_params
-        st.distribution_params[0][st.step].copy_(mean)
-        if not keeps_row(st, std):
-            st.distribution_params[1][st.step].copy_(std)
-
     def process_env_step(self, obs: TensorDict, rewards: Tensor, dones: Tensor, extras: dict[str, Any]) -> None:
         """Record one environment step."""
         if self.storage.step == 0:
@@ -155,9 +202,26 @@ class FusedRollout(PPO):
                 del extras["time_outs"]
             else:  # PPO adds γ V(s_t) to the reward
                 extras["time_outs"] = time_outs
-        if self._is_gaussian and not self._own_methods:
+        stored, self._stored = self._stored, {}
+        as_usual = self._is_gaussian and not self._own_methods
+        # unless a user has put something else there
+        if as_usual and stored and all(value is stored.get(name) for name, value in vars(self.transition).items()):
+            self.storage.add_transition = self._add_outcome  # hides the method of the class
+            try:
+                super().process_env_step(obs, rewards, dones, extras)
+            finally:
+                del self.storage.add_transition
+            return
+        if as_usual:
             store_std_once(self.storage, self.transition)
         super().process_env_step(obs, rewards, dones, extras)
+
+    def _add_outcome(self, transition: RolloutStorage.Transition) -> None:
+        """What ``RolloutStorage.add_transition`` does with that of a transition that the storage has otherwise."""
+        memory = self._memory_of_step()
+        memory.rewards.copy_(transition.rewards.view(-1, 1))
+        memory.dones.copy_(transition.dones.view(-1, 1))
+        self.storage.step += 1
 
     def _begin_rollout(self) -> None:
         if not self._final_values.fits(self._raw_critic, self.storage):  # the user has put in others
@@ -226,9 +290,12 @@ class FusedRollout(PPO):
     def _returns(self, obs: TensorDict) -> None:
         st = self.storage
         # Values of the last step; the forward pass must not move a recurrent critic on
-        hidden_state = self.critic.get_hidden_state()
-        last_values = self.critic(obs).detach()
-        self.critic.reset(hidden_state=hidden_state)
+        if (plain := self._plain_now()) is not None:
+            last_values = plain.values(obs)
+        else:
+            hidden_state = self.critic.get_hidden_state()
+            last_values = self.critic(obs).detach()
+            self.critic.reset(hidden_state=hidden_state)
         time_outs, final_values = self._final_values.collect(st.values)
         normalize = not self.normalize_advantage_per_mini_batch
         over_ranks = self.global_advantage_statistics and self._world_size > 1

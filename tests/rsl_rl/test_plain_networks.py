@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_the_bits_of_autograd(
     config, change = CASES[name]
     if pieces:  # whose gradients add up
         monkeypatch.setattr(fused_ppo, "_PIECE_BYTES", 40 * 4 * 16)
-    taken, runs, of = [], [], PlainNetworks.of
+    taken, runs, of = [], [], PlainNetworks.for_update
     for allowed in (True, False):
 
         def found(*args: object, allowed: bool = allowed) -> PlainNetworks | None:
@@ -99,7 +100,7 @@ def test_the_bits_of_autograd(
         run = new_run(FUSED, device=device, **{**config, "args": args})
         change(run.alg)
         with monkeypatch.context() as patch:
-            patch.setattr(PlainNetworks, "of", found)
+            patch.setattr(PlainNetworks, "for_update", found)
             runs.append(run.learn(3))
     assert len(taken) == 6
     assert None not in taken
@@ -200,9 +201,9 @@ CHANGES: dict[str, Callable] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changes_of_the_users(change: Callable, new_run: Callable, kernels: ModuleType) -> None:
     run = new_run(FUSED).rollout()
-    assert PlainNetworks.of(kernels, run.alg.actor, run.alg.critic, run.alg.storage.observations) is not None
+    assert PlainNetworks.for_update(kernels, run.alg.actor, run.alg.critic, run.alg.storage.observations) is not None
     change(run.alg)
-    assert PlainNetworks.of(kernels, run.alg.actor, run.alg.critic, run.alg.storage.observations) is None
+    assert PlainNetworks.for_update(kernels, run.alg.actor, run.alg.critic, run.alg.storage.observations) is None
 
 
 @pytest.mark.parametrize(
@@ -215,14 +216,14 @@ def test_functions_that_are_replaced_for_all(
     alg = new_run(FUSED).rollout().alg
     own = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: own(*args, **kwargs))
-    assert PlainNetworks.of(kernels, alg.actor, alg.critic, alg.storage.observations) is None
+    assert PlainNetworks.for_update(kernels, alg.actor, alg.critic, alg.storage.observations) is None
 
 
 def test_other_types_and_modes(new_run: Callable, kernels: ModuleType, backend: str) -> None:
     alg = new_run(FUSED).rollout().alg
 
     def is_taken(backend: ModuleType = kernels) -> bool:
-        return PlainNetworks.of(backend, alg.actor, alg.critic, alg.storage.observations) is not None
+        return PlainNetworks.for_update(backend, alg.actor, alg.critic, alg.storage.observations) is not None
 
     assert is_taken()
     assert not is_taken(backends.select("eager", torch.device("cpu")))
@@ -287,7 +288,129 @@ def test_no_activations_are_kept(frozen: bool, new_run: Callable, kernels: Modul
     alg = new_run(FUSED).rollout().alg
     if frozen:
         alg.actor.mlp[0].requires_grad_(False)
-    plain = PlainNetworks.of(kernels, alg.actor, alg.critic, alg.storage.observations)
+    plain = PlainNetworks.for_update(kernels, alg.actor, alg.critic, alg.storage.observations)
     obs = alg.storage.observations[0]
     plain.backward(*plain.forward(obs, sample=False))
     assert plain._actor._outputs == plain._critic._outputs == []
+
+
+# --- in a rollout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def acted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of rollouts that went without modules."""
+    seen, act = [], PlainNetworks.act
+    monkeypatch.setattr(PlainNetworks, "act", lambda self, obs: seen.append(len(seen)) or act(self, obs))
+    return seen
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "frozen" not in name])
+def test_a_rollout(
+    name: str, backend: str, device: str, new_run: Callable, acted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored is what the modules give, to rounding; and so is what the distribution tells."""
+    config, _ = CASES[name]
+    config = {**config, "args": {"backend": backend, **config.get("args", {})}}
+    plain = new_run(FUSED, device=device, **config).rollout().alg
+    assert len(acted) == plain.storage.num_transitions_per_env
+    monkeypatch.setattr(PlainNetworks, "for_rollout", lambda *_: None)
+    modules = new_run(FUSED, device=device, **config).rollout().alg
+    assert len(acted) == plain.storage.num_transitions_per_env
+    for field in ("actions", "values", "actions_log_prob", "returns", "advantages"):
+        ours, theirs = (getattr(alg.storage, field) for alg in (plain, modules))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    for params in (lambda alg: alg.storage.distribution_params, lambda alg: alg.actor.output_distribution_params):
+        for ours, theirs in zip(params(plain), params(modules), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+class OwnSample(GaussianDistribution):
+    def sample(self) -> Tensor:
+        return super().sample() + 100.0
+
+
+class Other(MLPModel):
+    pass
+
+
+def other_layer(model: MLPModel) -> None:
+    model.mlp[0] = copy.deepcopy(model.mlp[0])
+
+
+def other_weights(model: MLPModel) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def hook_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = torch.nn.modules.module._global_forward_hooks
+    monkeypatch.setitem(hooks, -1, lambda *_: None)
+
+
+LATER: dict[str, Callable] = {
+    "hook": lambda alg, _: alg.actor.mlp[1].register_forward_hook(lambda *_: None),
+    "hook before": lambda alg, _: alg.critic.register_forward_pre_hook(lambda *_: None),
+    "hook of all": lambda alg, monkeypatch: hook_of_all(monkeypatch),
+    "forward": lambda alg, _: setattr(alg.critic.mlp[0], "forward", alg.critic.mlp[0].forward),
+    "latent": lambda alg, _: setattr(alg.actor, "get_latent", alg.actor.get_latent),
+    "update": lambda alg, _: setattr(alg.actor.distribution, "update", alg.actor.distribution.update),
+    "log_prob": lambda alg, _: setattr(alg.actor.distribution, "log_prob", alg.actor.distribution.log_prob),
+    "sample": lambda alg, _: setattr(alg.actor.distribution, "__class__", OwnSample),
+    "class": lambda alg, _: setattr(alg.critic, "__class__", Other),
+    "layer": lambda alg, _: other_layer(alg.actor),
+    "weights": lambda alg, _: other_weights(alg.critic),
+    "actor": lambda alg, _: setattr(alg, "actor", copy.deepcopy(alg.actor)),
+    "distribution": lambda alg, _: setattr(alg.actor, "distribution", copy.deepcopy(alg.actor.distribution)),
+}
+
+
+@pytest.mark.parametrize("change", LATER.values(), ids=LATER)
+def test_changes_within_a_rollout(
+    change: Callable, new_run: Callable, acted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(FUSED)
+    act = run.alg.act
+
+    def change_and_act(obs: object) -> Tensor:
+        if run.alg.storage.step == 3:
+            change(run.alg, monkeypatch)
+        return act(obs)
+
+    run.alg.act = change_and_act
+    run.rollout()
+    assert len(acted) == 3
+
+
+def test_autograd_and_autocast_within_a_rollout(new_run: Callable, acted: list) -> None:
+    run = new_run(FUSED).rollout()
+    run.alg.storage.clear()
+    acted.clear()
+    obs = run.env.get_observations()
+    with torch.inference_mode():
+        run.alg.act(obs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run.alg.act(obs)
+    assert len(acted) == 1
+    run.alg.act(obs)
+    assert len(acted) == 1
+    assert run.alg.actor.output_mean.requires_grad
+    with torch.no_grad():
+        run.alg.act(obs)
+    assert len(acted) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        ({"args": {"rnd_cfg": RND, "symmetry_cfg": {}}}, 6),  # of which acting knows nothing
+        ({"actor": LSTM, "critic": LSTM}, 0),
+        ({"actor": {"distribution_cfg": {"class_name": "HeteroscedasticGaussianDistribution"}}}, 0),
+        ({"actor": {"distribution_cfg": {"class_name": OwnSample}}}, 0),
+        ({"actor": {"activation": "tanh"}}, 0),
+        ({"args": {"backend": "eager"}}, 0),
+    ],
+    ids=["rnd and symmetry", "recurrent", "heteroscedastic", "own sample", "tanh", "eager"],
+)
+def test_which_configs_act_so(config: dict, steps: int, new_run: Callable, acted: list) -> None:
+    new_run(FUSED, **config).rollout()
+    assert len(acted) == steps

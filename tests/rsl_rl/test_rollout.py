@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from rsl_rl.modules.distribution import GaussianDistribution
+from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,18 +19,27 @@ LSTM = {"class_name": "RNNModel", "rnn_type": "lstm", "rnn_hidden_dim": 8}
 ACTORS = {"mlp": {}, "heteroscedastic": HETEROSCEDASTIC, "lstm": LSTM}
 
 
+@pytest.mark.parametrize("num_rollouts", [1, 2])
 @pytest.mark.parametrize("actor", ACTORS.values(), ids=ACTORS)
-def test_the_actions_are_those_of_ppo_to_the_bit(actor: dict, new_run: Callable) -> None:
-    """From the same random numbers, and so is all else that is stored, but for log-probabilities, to rounding."""
-    stock, fused = (new_run(algorithm, actor=actor).rollout() for algorithm in ("PPO", FUSED))
+def test_the_actions_are_those_of_ppo(actor: dict, num_rollouts: int, new_run: Callable) -> None:
+    """From the same random numbers, and so is all else that is stored: to the bit where the hidden layers are not
+    fused, but for log-probabilities, and else to rounding."""
+    runs = []
+    for algorithm in ("PPO", FUSED):
+        run = new_run(algorithm, actor=actor).rollout()
+        for _ in range(num_rollouts - 1):
+            run.alg.storage.clear()
+            run.rollout()
+        runs.append(run.alg.storage)
+    stock, fused = runs
+    near = 0.0 if actor else 2e-6
     for name in ("actions", "values", "rewards", "dones"):
-        assert torch.equal(getattr(fused.alg.storage, name), getattr(stock.alg.storage, name)), name
-    torch.testing.assert_close(
-        fused.alg.storage.actions_log_prob, stock.alg.storage.actions_log_prob, rtol=0, atol=2e-6
-    )
-    for ours, theirs in zip(fused.alg.storage.distribution_params, stock.alg.storage.distribution_params, strict=True):
-        assert ours.shape == theirs.shape
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(getattr(fused, name), getattr(stock, name), rtol=0, atol=near)
+    torch.testing.assert_close(fused.actions_log_prob, stock.actions_log_prob, rtol=0, atol=4e-6)
+    for ours, theirs in zip(fused.distribution_params, stock.distribution_params, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=near)
+    for name, group in stock.observations.items():
+        torch.testing.assert_close(fused.observations[name], group, rtol=0, atol=near)
 
 
 class Operators(TorchDispatchMode):
@@ -104,6 +115,104 @@ def test_a_policys_own_way_to_sample_is_kept(new_run: Callable) -> None:
     run = new_run(FUSED, actor={"distribution_cfg": {"class_name": OwnSample}})
     with torch.inference_mode():
         assert (run.alg.act(run.env.get_observations()) > 50.0).all()
+
+
+@pytest.mark.parametrize("actor", ACTORS.values(), ids=ACTORS)
+def test_what_a_user_puts_into_the_transition_is_stored(actor: dict, new_run: Callable) -> None:
+    """As the actions that the environment made of them."""
+    runs = []
+    for algorithm in ("PPO", FUSED):
+        run = new_run(algorithm, actor=actor)
+        act, process_env_step = run.alg.act, run.alg.process_env_step
+
+        def act_and_clip(obs: TensorDict, run=run, act=act) -> Tensor:
+            run.alg.transition.actions = act(obs).clamp(-0.5, 0.5)
+            return run.alg.transition.actions
+
+        def with_other_values(*args: object, run=run, process_env_step=process_env_step) -> None:
+            run.alg.transition.values = torch.full_like(run.alg.transition.values, 3.0)
+            process_env_step(*args)
+
+        run.alg.act, run.alg.process_env_step = act_and_clip, with_other_values
+        run.rollout()
+        run.alg.storage.clear()
+        runs.append(run.rollout().alg.storage)
+    stock, fused = runs
+    assert fused.actions.abs().max() == 0.5
+    assert (fused.values == 3.0).all()
+    torch.testing.assert_close(fused.actions, stock.actions, rtol=0, atol=2e-6)
+    torch.testing.assert_close(fused.rewards, stock.rewards, rtol=0, atol=2e-6)  # time-outs bootstrap from the values
+
+
+def test_an_environment_may_write_into_the_actions(new_run: Callable) -> None:
+    run = new_run(FUSED).rollout()
+    run.alg.storage.clear()
+    step, seen = run.env.step, []
+
+    def step_in_place(actions: Tensor) -> tuple:
+        seen.append(actions.clone())
+        return step(actions.fill_(0.0))
+
+    run.env.step = step_in_place
+    run.rollout()
+    assert torch.equal(run.alg.storage.actions, torch.stack(seen))
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "distribution_params", "a group"])
+def test_other_memory_for_a_rollout(name: str, new_run: Callable) -> None:
+    """What a user puts into the storage is written to from then on."""
+    run = new_run(FUSED).rollout()
+    storage = run.alg.storage
+    storage.clear()
+    if name == "a group":
+        storage.observations["policy"] = torch.zeros_like(storage.observations["policy"])
+    elif name == "distribution_params":
+        storage.distribution_params = tuple(torch.zeros_like(t) for t in storage.distribution_params)
+    else:
+        setattr(storage, name, torch.zeros_like(getattr(storage, name)))
+    run.rollout()
+    assert all((group != 0.0).any() for group in storage.observations.values())
+    assert (storage.actions != 0.0).any()
+    mean, std = storage.distribution_params
+    with torch.no_grad():
+        torch.testing.assert_close(run.alg.actor(storage.observations[3]), mean[3], rtol=0, atol=2e-6)
+    assert (std == run.alg.actor.distribution.std_param).all()
+
+
+def test_outside_of_inference_mode(new_run: Callable) -> None:
+    """After a rollout within."""
+    run = new_run(FUSED).rollout()
+    run.alg.storage.clear()
+    obs = run.env.get_observations()
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            for _ in range(3):
+                actions = run.alg.act(obs)
+                assert not actions.requires_grad
+                run.alg.process_env_step(*run.env.step(actions))
+    assert run.alg.storage.step == 6
+    with torch.inference_mode():
+        run.alg.compute_returns(obs)
+    run.alg.update()
+
+
+def test_a_copy_in_the_middle_of_a_rollout(new_run: Callable) -> None:
+    run = new_run(FUSED).rollout()
+    run.alg.storage.clear()
+    with torch.inference_mode():
+        obs = run.env.get_observations()
+        for _ in range(3):
+            run.alg.process_env_step(*run.env.step(run.alg.act(obs)))
+        actions = run.alg.act(obs)
+        before = run.alg.storage.actions.clone()
+        copied = copy.deepcopy(run.alg)
+        outcome = run.env.step(actions)
+        copied.process_env_step(*outcome)
+        assert torch.equal(copied.storage.actions[3], actions)
+        copied.act(obs + 1.0)
+        assert torch.equal(run.alg.storage.actions, before)
+        assert not torch.equal(copied.storage.actions, before)
+    assert (run.alg.storage.step, copied.storage.step) == (3, 4)
 
 
 def test_an_environment_may_write_into_its_observations(new_run: Callable) -> None:
