@@ -54,14 +54,14 @@ def run_steps(kernels: Any) -> None:
             rate = adapted_rate(torch.tensor(0.1).cuda(), rate, **limits, lost=lost, backend=kernels.name)
 
 
-def run_hidden_layer(num_rows: int, num_units: int, kernels: Any) -> None:
+def run_hidden_layer(activation: str, num_rows: int, num_units: int, kernels: Any) -> None:
     """Aligned and not, into memory of its own and in place."""
     for first in (0, 1):
         memory = torch.randn(2, num_rows * num_units + 4).cuda()[:, first:][:, : num_rows * num_units]
         y, grad = (t.view(num_rows, num_units) for t in memory)
-        kernels.add_bias_and_elu(y, torch.randn(num_units).cuda())
+        kernels.add_bias_and_activate(activation, y, torch.randn(num_units).cuda())
         for in_place in (False, True):
-            kernels.add_bias_and_elu_backward(grad, y, in_place)
+            kernels.add_bias_and_activate_backward(activation, grad, y, in_place)
 
 
 def run(backend: str) -> None:
@@ -85,7 +85,8 @@ def run(backend: str) -> None:
     if kernels.FUSES_UPDATE:
         run_steps(kernels)
         for num_rows, num_units in LAYERS:
-            run_hidden_layer(num_rows, num_units, kernels)
+            for activation in ("elu", "relu", "tanh"):
+                run_hidden_layer(activation, num_rows, num_units, kernels)
     torch.cuda.synchronize()
 
 

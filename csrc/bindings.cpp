@@ -2,7 +2,7 @@
 #include "bindings.h"
 
 #include "cpu/adam.h"
-#include "cpu/elu.h"
+#include "cpu/activation.h"
 #include "cpu/gae.h"
 #include "cpu/gaussian.h"
 #include "cpu/isa.h"
@@ -49,21 +49,25 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     gae(args, use_double, num_threads);
   });
-  m.def("add_bias_and_elu",
-        [](const std::tuple<int64_t, int64_t, int>& sizes, const py::object& x, const py::object& bias) {
-          const auto [num_rows, num_cols, num_threads] = sizes;
-          const EluArgs args = elu_args(num_rows, num_cols, x, bias);
-          py::gil_scoped_release release;
-          add_bias_and_elu(args.num_rows, args.num_cols, args.x, args.bias, num_threads);
-        });
-  m.def("add_bias_and_elu_backward", [](const std::tuple<int64_t, int64_t, int>& sizes, const py::object& grad_y,
-                                        const py::object& y, const py::object& grad_x, const py::object& grad_bias) {
+  m.def("add_bias_and_activate", [](const std::string& activation, const std::tuple<int64_t, int64_t, int>& sizes,
+                                    const py::object& x, const py::object& bias) {
     const auto [num_rows, num_cols, num_threads] = sizes;
-    const EluBackwardArgs args = elu_backward_args(num_rows, num_cols, grad_y, y, grad_x, grad_bias);
+    const Activation function = activation_of(activation);
+    const ActivationArgs args = activation_args(num_rows, num_cols, x, bias);
     py::gil_scoped_release release;
-    add_bias_and_elu_backward(args.num_rows, args.num_cols, args.grad_y, args.y, args.grad_x, args.grad_bias,
-                              num_threads);
+    add_bias_and_activate(function, args.num_rows, args.num_cols, args.x, args.bias, num_threads);
   });
+  m.def("add_bias_and_activate_backward",
+        [](const std::string& activation, const std::tuple<int64_t, int64_t, int>& sizes, const py::object& grad_y,
+           const py::object& y, const py::object& grad_x, const py::object& grad_bias) {
+          const auto [num_rows, num_cols, num_threads] = sizes;
+          const Activation function = activation_of(activation);
+          const ActivationBackwardArgs args =
+              activation_backward_args(num_rows, num_cols, grad_y, y, grad_x, grad_bias);
+          py::gil_scoped_release release;
+          add_bias_and_activate_backward(function, args.num_rows, args.num_cols, args.grad_y, args.y, args.grad_x,
+                                         args.grad_bias, num_threads);
+        });
   m.def("gaussian_log_prob", [](const PyShape& s, const py::object& actions, const py::object& mean,
                                 const py::object& std, const py::object& out) {
     const View views[] = {row_or_matrix(actions, "actions"), row_or_matrix(mean, "mean"), row_or_matrix(std, "std")};

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "adam.h"
 #include "dlpack.h"
 #include "gae.h"
+#include "math/activation.h"
 #include "ppo_loss.h"
 #include "schedule.h"
 #include "tensor.h"
@@ -286,26 +288,34 @@ inline float* floats(py::handle tensor, const char* name, int64_t count, dlpack:
                         " elements in memory, on the device of the other tensors");
 }
 
+inline Activation activation_of(const std::string& name) {
+  if (name == "elu") return Activation::kElu;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "tanh") return Activation::kTanh;
+  throw std::invalid_argument("the activation must be elu, relu or tanh, got " + name);
+}
+
 // What the forward and the backward pass of a hidden layer's activation take, on any device; x is [num_rows, num_cols].
-struct EluArgs {
+struct ActivationArgs {
   int64_t num_rows, num_cols;
   float* x;
   const float* bias;
 };
 
-inline EluArgs elu_args(int64_t num_rows, int64_t num_cols, const py::object& x, const py::object& bias) {
+inline ActivationArgs activation_args(int64_t num_rows, int64_t num_cols, const py::object& x, const py::object& bias) {
   dlpack::Device device{};
   return {num_rows, num_cols, floats(x, "x", num_rows * num_cols, &device), floats(bias, "bias", num_cols, &device)};
 }
 
-struct EluBackwardArgs {
+struct ActivationBackwardArgs {
   int64_t num_rows, num_cols;
   const float *grad_y, *y;
   float *grad_x, *grad_bias;
 };
 
-inline EluBackwardArgs elu_backward_args(int64_t num_rows, int64_t num_cols, const py::object& grad_y,
-                                         const py::object& y, const py::object& grad_x, const py::object& grad_bias) {
+inline ActivationBackwardArgs activation_backward_args(int64_t num_rows, int64_t num_cols, const py::object& grad_y,
+                                                       const py::object& y, const py::object& grad_x,
+                                                       const py::object& grad_bias) {
   const int64_t count = num_rows * num_cols;
   dlpack::Device device{};
   return {num_rows,

@@ -3,7 +3,7 @@
 
 #include "../bindings.h"
 #include "adam.h"
-#include "elu.h"
+#include "activation.h"
 #include "gae.h"
 #include "gaussian.h"
 #include "launch.h"
@@ -104,24 +104,27 @@ void bind(py::module_ m) {
           const WithoutGil other_threads_run;
           adapt_rate(args, stream(where));
         });
-  m.def("elu_partials", &elu_partials);
-  m.def("elu_counters", &elu_counters);
-  m.def("add_bias_and_elu", [](const std::tuple<int64_t, int64_t>& sizes, const py::object& x, const py::object& bias,
-                               const PyStream& where) {
-    const EluArgs args = elu_args(std::get<0>(sizes), std::get<1>(sizes), x, bias);
+  m.def("activation_partials", &activation_partials);
+  m.def("activation_counters", &activation_counters);
+  m.def("add_bias_and_activate", [](const std::string& activation, const std::tuple<int64_t, int64_t>& sizes,
+                                    const py::object& x, const py::object& bias, const PyStream& where) {
+    const Activation function = activation_of(activation);
+    const ActivationArgs args = activation_args(std::get<0>(sizes), std::get<1>(sizes), x, bias);
     const WithoutGil other_threads_run;
-    add_bias_and_elu(args.num_rows, args.num_cols, args.x, args.bias, stream(where));
+    add_bias_and_activate(function, args.num_rows, args.num_cols, args.x, args.bias, stream(where));
   });
-  m.def("add_bias_and_elu_backward",
-        [](const std::tuple<int64_t, int64_t>& sizes, const py::object& grad_y, const py::object& y,
-           const py::object& grad_x, const py::object& grad_bias, const py::tuple& scratch, const PyStream& where) {
-          const EluBackwardArgs args =
-              elu_backward_args(std::get<0>(sizes), std::get<1>(sizes), grad_y, y, grad_x, grad_bias);
+  m.def("add_bias_and_activate_backward",
+        [](const std::string& activation, const std::tuple<int64_t, int64_t>& sizes, const py::object& grad_y,
+           const py::object& y, const py::object& grad_x, const py::object& grad_bias, const py::tuple& scratch,
+           const PyStream& where) {
+          const Activation function = activation_of(activation);
+          const ActivationBackwardArgs args =
+              activation_backward_args(std::get<0>(sizes), std::get<1>(sizes), grad_y, y, grad_x, grad_bias);
           float* const partials = static_cast<float*>(address_of(scratch[0]));
           unsigned* const counters = static_cast<unsigned*>(address_of(scratch[1]));
           const WithoutGil other_threads_run;
-          add_bias_and_elu_backward(args.num_rows, args.num_cols, args.grad_y, args.y, args.grad_x, args.grad_bias,
-                                    partials, counters, stream(where));
+          add_bias_and_activate_backward(function, args.num_rows, args.num_cols, args.grad_y, args.y, args.grad_x,
+                                         args.grad_bias, partials, counters, stream(where));
         });
   m.def("gaussian_blocks", [](const PyShape& s) { return gaussian_blocks(shape(s)); });
   m.def("gaussian_kl_loss", [](const PyShape& s, int which, const py::tuple& inputs, const py::object& old_log_prob,

@@ -126,16 +126,19 @@ def adapt_rate(
     _C.adapt_rate(rule, kl, rate, lost, out)
 
 
-def add_bias_and_elu(x: Tensor, bias: Tensor) -> Tensor:
-    """elu(x + bias), in the memory of x: [N, H], [H], contiguous float32."""
-    _C.add_bias_and_elu((*x.shape, torch.get_num_threads()), x, bias)
+def add_bias_and_activate(activation: str, x: Tensor, bias: Tensor) -> Tensor:
+    """f(x + bias), in the memory of x: [N, H], [H], contiguous float32. ``activation``: "elu", "relu" or "tanh"."""
+    _C.add_bias_and_activate(activation, (*x.shape, torch.get_num_threads()), x, bias)
     return x
 
 
-def add_bias_and_elu_backward(grad: Tensor, y: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """(grad_x, grad_bias), with y what ``add_bias_and_elu`` gave. Contiguous float32. ``in_place``: grad_x is grad."""
+def add_bias_and_activate_backward(
+    activation: str, grad: Tensor, y: Tensor, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(grad_x, grad_bias), with y what ``add_bias_and_activate`` gave. Contiguous float32. ``in_place``: grad_x is
+    grad."""
     grad_x, grad_bias = grad if in_place else torch.empty_like(y), y.new_empty(y.shape[1])
-    _C.add_bias_and_elu_backward((*y.shape, torch.get_num_threads()), grad, y, grad_x, grad_bias)
+    _C.add_bias_and_activate_backward(activation, (*y.shape, torch.get_num_threads()), grad, y, grad_x, grad_bias)
     return grad_x, grad_bias
 
 

@@ -168,22 +168,26 @@ def adapt_rate(
     _launch(_cuda.adapt_rate, out.device, rule, kl, rate, lost, out, _stream(out.device))
 
 
-def add_bias_and_elu(x: Tensor, bias: Tensor) -> Tensor:
-    """elu(x + bias), in the memory of x: [N, H], [H], contiguous float32."""
-    _launch(_cuda.add_bias_and_elu, x.device, tuple(x.shape), x, bias, _stream(x.device))
+def add_bias_and_activate(activation: str, x: Tensor, bias: Tensor) -> Tensor:
+    """f(x + bias), in the memory of x: [N, H], [H], contiguous float32. ``activation``: "elu", "relu" or "tanh"."""
+    _launch(_cuda.add_bias_and_activate, x.device, activation, tuple(x.shape), x, bias, _stream(x.device))
     return x
 
 
-def add_bias_and_elu_backward(grad: Tensor, y: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """(grad_x, grad_bias), with y what ``add_bias_and_elu`` gave. Contiguous float32. ``in_place``: grad_x is grad."""
+def add_bias_and_activate_backward(
+    activation: str, grad: Tensor, y: Tensor, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(grad_x, grad_bias), with y what ``add_bias_and_activate`` gave. Contiguous float32. ``in_place``: grad_x is
+    grad."""
     device, shape = y.device, tuple(y.shape)
     grad_x, grad_bias = grad if in_place else torch.empty_like(y), y.new_empty(shape[1])
     stream = _stream(device)
-    size, num_counters = _cuda.elu_partials(*shape), _cuda.elu_counters(shape[1])
+    size, num_counters = _cuda.activation_partials(*shape), _cuda.activation_counters(shape[1])
     scratch = _scratch.get(device, stream[1], size, torch.float32, True, num_counters)
     _launch(
-        _cuda.add_bias_and_elu_backward,
+        _cuda.add_bias_and_activate_backward,
         device,
+        activation,
         shape,
         grad,
         y,

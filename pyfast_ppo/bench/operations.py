@@ -26,12 +26,13 @@ LINES = (MATRIX, ACTIVATION, LOSS, OPTIMIZER, MINI_BATCHES, ACTING, RETURNS)
 _LINE_OF_PART = {"act": ACTING, "process_env_step": ACTING, "compute_returns": RETURNS, "update": LOSS}
 _LINE_OF_NAME = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear"), MATRIX),
-    **dict.fromkeys(("elu", "elu_", "elu_backward", "add_bias_and_elu", "add_bias_and_elu_backward"), ACTIVATION),
+    **dict.fromkeys(("elu", "elu_", "elu_backward", "tanh", "tanh_backward", "relu", "threshold_backward"), ACTIVATION),
+    **dict.fromkeys(("add_bias_and_activate", "add_bias_and_activate_backward"), ACTIVATION),
     "adam_step": OPTIMIZER,
     **dict.fromkeys(("randperm", "index", "index_select", "gather"), MINI_BATCHES),
 }
 _KERNELS = (
-    *("ppo_loss", "gae", "gaussian_kl", "gaussian_log_prob", "add_bias_and_elu", "add_bias_and_elu_backward"),
+    *("ppo_loss", "gae", "gaussian_kl", "gaussian_log_prob", "add_bias_and_activate", "add_bias_and_activate_backward"),
     *("adam_step", "adapt_rate"),
 )
 # beside parameter and moments, which it is given, it reads the gradient twice, and it writes what it is given

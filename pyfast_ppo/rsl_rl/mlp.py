@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,12 +17,13 @@ from torch.nn.modules import module as torch_module
 
 from pyfast_ppo.ops.hidden_layers import hidden_layers
 
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ELU: "elu", nn.ReLU: "relu", nn.Tanh: "tanh"}
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 @contextmanager
 def fused_hidden_layers(backend: ModuleType, *models: nn.Module) -> Iterator[None]:
-    """The MLPs of these models run their pairs of a linear layer and an ELU fused, where nothing speaks against it.
+    """The MLPs of these models run their pairs of a linear layer and an activation fused, where nothing speaks against.
 
     ``backend``: one of pyfast_ppo.backends, which may have nothing for it.
     """
@@ -82,40 +84,49 @@ def _get_latent_of(model: MLPModel) -> Callable[..., Tensor]:
     return lambda obs, masks=None, hidden_state=None: latent(obs)
 
 
-def _steps(backend: ModuleType, layers: list[nn.Module]) -> list[nn.Module | list[nn.Linear]]:
+class Fused(NamedTuple):
+    """Linear layers one after the other, each with the same activation behind it."""
+
+    activation: str
+    layers: list[nn.Linear]
+
+    def parameters(self) -> list[Tensor]:
+        """W and b of each in turn."""
+        return [parameter for layer in self.layers for parameter in (layer.weight, layer.bias)]
+
+
+def _steps(backend: ModuleType, layers: list[nn.Module]) -> list[nn.Module | Fused]:
     """The layers, those linear ones together whose pairs with the next can be fused one after the other."""
-    steps: list[nn.Module | list[nn.Linear]] = []
-    run: list[nn.Linear] = []
+    steps: list[nn.Module | Fused] = []
     remaining = iter([*layers, nn.Identity()])
     layer = next(remaining)
     for following in remaining:
         if isinstance(layer, nn.Linear) and _is_fusible(backend, layer, following):
-            if not run:
-                steps.append(run)
-            run.append(layer)
+            activation = _ACTIVATIONS[type(following)]
+            last = steps[-1] if steps else None
+            if not isinstance(last, Fused) or last.activation != activation:
+                steps.append(last := Fused(activation, []))
+            last.layers.append(layer)
             layer = next(remaining)  # the activation goes with it
         else:
             steps.append(layer)
-            run, layer = [], following
+            layer = following
     return steps
 
 
-def fuses_whole(backend: ModuleType, layers: list[nn.Module]) -> bool:
-    """Whether all of these layers are pairs that can be fused one after the other."""
+def fused_whole(backend: ModuleType, layers: list[nn.Module]) -> Fused | None:
+    """If all of these layers are pairs that can be fused one after the other."""
     steps = _steps(backend, layers)
-    return len(steps) == 1 and isinstance(steps[0], list) and 2 * len(steps[0]) == len(layers)
+    fused = steps[0] if len(steps) == 1 else None
+    return fused if isinstance(fused, Fused) and 2 * len(fused.layers) == len(layers) else None
 
 
-def _forward_of(backend: ModuleType, mlp: MLP, steps: list[nn.Module | list[nn.Linear]]) -> Callable[[Tensor], Tensor]:
+def _forward_of(backend: ModuleType, mlp: MLP, steps: list[nn.Module | Fused]) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         if x.dim() != 2 or x.shape[0] == 0 or not _takes(backend, x) or torch.is_autocast_enabled(x.device.type):
             return MLP.forward(mlp, x)
         for step in steps:
-            if isinstance(step, list):
-                parameters = (parameter for layer in step for parameter in (layer.weight, layer.bias))
-                x = hidden_layers(backend, x, *parameters)
-            else:
-                x = step(x)
+            x = hidden_layers(backend, step.activation, x, *step.parameters()) if isinstance(step, Fused) else step(x)
         return x
 
     return forward
@@ -126,9 +137,12 @@ def _takes(backend: ModuleType, t: Tensor) -> bool:
 
 
 def _is_fusible(backend: ModuleType, layer: nn.Module, activation: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or type(activation) is not nn.ELU or activation.alpha != 1.0:
+    if type(layer) is not nn.Linear or type(activation) not in _ACTIVATIONS:
         return False
-    if not all(f.__module__.startswith("torch.") for f in (nn.Linear.forward, nn.ELU.forward)):  # replaced for all
+    if isinstance(activation, nn.ELU) and activation.alpha != 1.0:
+        return False
+    forwards = (type(layer).forward, type(activation).forward)
+    if not all(forward.__module__.startswith("torch.") for forward in forwards):  # replaced for all
         return False
     if layer.bias is None or not layer.bias.is_contiguous():
         return False

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyfast_ppo.ops.hidden_layers import backward_pass, forward_pass, last_output
-from pyfast_ppo.rsl_rl.mlp import fuses_whole, has_own_ways, hooks_of, hooks_of_all, latent_of, only_reads_its_latent
+from pyfast_ppo.rsl_rl.mlp import fused_whole, has_own_ways, hooks_of, hooks_of_all, latent_of, only_reads_its_latent
 from pyfast_ppo.rsl_rl.policy import drawn, reason_not_fused
 
 
@@ -151,19 +151,20 @@ class _PlainMlp:
     def __init__(self, backend: ModuleType, model: MLPModel) -> None:
         self._backend = backend
         self._latent = latent_of(model)
-        *hidden, last = [layer for layer in model.mlp if isinstance(layer, nn.Linear)]
-        self._hidden = [parameter for layer in hidden for parameter in (layer.weight, layer.bias)]
-        self._last = last
+        *hidden, self._last = model.mlp
+        fused = fused_whole(backend, hidden)
+        assert fused is not None  # of() has asked
+        self._activation, self._hidden = fused.activation, fused.parameters()
         self._needs = [parameter.requires_grad for parameter in self._hidden]
         self._outputs: list[Tensor] = []
 
     def evaluate(self, obs: TensorDict) -> Tensor:
         """Without a backward pass to come."""
-        x = last_output(self._backend, self._latent(obs), self._hidden)
+        x = last_output(self._backend, self._activation, self._latent(obs), self._hidden)
         return F.linear(x, self._last.weight, self._last.bias)
 
     def forward(self, obs: TensorDict) -> Tensor:
-        self._outputs = forward_pass(self._backend, self._latent(obs), self._hidden)
+        self._outputs = forward_pass(self._backend, self._activation, self._latent(obs), self._hidden)
         return F.linear(self._outputs[-1], self._last.weight, self._last.bias)
 
     def backward(self, grad: Tensor) -> None:
@@ -176,7 +177,9 @@ class _PlainMlp:
             return
         grad = torch.mm(grad, last.weight)
         weights = self._hidden[::2]
-        _, grads = backward_pass(self._backend, outputs, weights, grad, self._needs, needs_x=False, in_place=True)
+        _, grads = backward_pass(
+            *(self._backend, self._activation, outputs, weights, grad, self._needs), needs_x=False, in_place=True
+        )
         for parameter, gradient in zip(self._hidden, grads, strict=True):
             if gradient is not None:
                 _add_gradient(parameter, gradient)
@@ -231,7 +234,8 @@ def _autograd_is_watched() -> bool:
 
 
 def _is_plain(backend: ModuleType, model: MLPModel, obs: TensorDict) -> bool:
-    """Whether the model is rsl_rl's own, of linear layers with ELUs between, and nobody else has a part in it."""
+    """Whether the model is rsl_rl's own, of linear layers with one of some activations between, and nobody else has a
+    part in it."""
     if has_own_ways(model) or not only_reads_its_latent(model) or type(model).__call__ is not nn.Module.__call__:
         return False
     functions = (type(model).forward, type(model).get_latent, type(model.mlp).forward)
@@ -242,7 +246,7 @@ def _is_plain(backend: ModuleType, model: MLPModel, obs: TensorDict) -> bool:
     if any(t.dtype.is_floating_point and t.dtype != torch.float32 for t in model.obs_normalizer.buffers()):
         return False
     *hidden, last = model.mlp
-    if type(last) is not nn.Linear or has_own_ways(last) or not fuses_whole(backend, hidden):
+    if type(last) is not nn.Linear or has_own_ways(last) or fused_whole(backend, hidden) is None:
         return False
     linear = [layer for layer in model.mlp if isinstance(layer, nn.Linear)]
     return all(_is_plain_parameter(t) for layer in linear for t in (layer.weight, layer.bias))

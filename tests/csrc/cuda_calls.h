@@ -8,7 +8,7 @@
 
 #include "cpu/gaussian.h"
 #include "cuda/adam.h"
-#include "cuda/elu.h"
+#include "cuda/activation.h"
 #include "cuda/gae.h"
 #include "cuda/gaussian.h"
 #include "cuda/ppo_loss.h"
@@ -41,16 +41,17 @@ inline void adam_step(const AdamArgs& args, int) {
   if (counter != 0) std::abort();
 }
 
-inline void add_bias_and_elu(int64_t num_rows, int64_t num_cols, float* x, const float* bias, int) {
-  cuda::add_bias_and_elu(num_rows, num_cols, x, bias, kStream);
+inline void add_bias_and_activate(Activation activation, int64_t num_rows, int64_t num_cols, float* x,
+                                  const float* bias, int) {
+  cuda::add_bias_and_activate(activation, num_rows, num_cols, x, bias, kStream);
 }
 
-inline void add_bias_and_elu_backward(int64_t num_rows, int64_t num_cols, const float* grad_y, const float* y,
-                                      float* grad_x, float* grad_bias, int) {
-  std::vector<float> partials(static_cast<size_t>(cuda::elu_partials(num_rows, num_cols)));
-  std::vector<unsigned> counters(static_cast<size_t>(cuda::elu_counters(num_cols)));
-  cuda::add_bias_and_elu_backward(num_rows, num_cols, grad_y, y, grad_x, grad_bias, partials.data(), counters.data(),
-                                  kStream);
+inline void add_bias_and_activate_backward(Activation activation, int64_t num_rows, int64_t num_cols,
+                                           const float* grad_y, const float* y, float* grad_x, float* grad_bias, int) {
+  std::vector<float> partials(static_cast<size_t>(cuda::activation_partials(num_rows, num_cols)));
+  std::vector<unsigned> counters(static_cast<size_t>(cuda::activation_counters(num_cols)));
+  cuda::add_bias_and_activate_backward(activation, num_rows, num_cols, grad_y, y, grad_x, grad_bias, partials.data(),
+                                       counters.data(), kStream);
   if (std::any_of(counters.begin(), counters.end(), [](unsigned counter) { return counter != 0; })) std::abort();
 }
 

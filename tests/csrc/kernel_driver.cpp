@@ -17,7 +17,7 @@
 #include "cuda_calls.h"
 #else
 #include "cpu/adam.h"
-#include "cpu/elu.h"
+#include "cpu/activation.h"
 #include "cpu/gae.h"
 #include "cpu/gaussian.h"
 #include "cpu/ppo_loss.h"
@@ -366,16 +366,18 @@ bool run_rate(Plan& plan, const Sizes&) {
   return b.all_written();
 }
 
-bool run_elu(Plan& plan, const Sizes& n) {
+template <Activation kActivation>
+bool run_activation(Plan& plan, const Sizes& n) {
   Buffers b(plan);
   const bool any_layout = plan.any_layout;
   plan.any_layout = false;  // contiguous float32 is all that it takes
   float* x = static_cast<float*>(const_cast<void*>(b.input("x", n.rows, n.cols, false).data));
-  add_bias_and_elu(n.rows, n.cols, x, static_cast<const float*>(b.input("bias", 1, n.cols, false).data), n.threads);
+  const float* bias = static_cast<const float*>(b.input("bias", 1, n.cols, false).data);
+  add_bias_and_activate(kActivation, n.rows, n.cols, x, bias, n.threads);
   const float* grad = static_cast<const float*>(b.input("grad", n.rows, n.cols, false).data);
   float* grad_x = static_cast<float*>(b.output("grad_x", n.rows * n.cols, DType::kFloat32).data);
   float* grad_bias = static_cast<float*>(b.output("grad_bias", n.cols, DType::kFloat32).data);
-  add_bias_and_elu_backward(n.rows, n.cols, grad, x, grad_x, grad_bias, n.threads);
+  add_bias_and_activate_backward(kActivation, n.rows, n.cols, grad, x, grad_x, grad_bias, n.threads);
   plan.any_layout = any_layout;
   return b.all_written();
 }
@@ -385,10 +387,17 @@ struct Kernel {
   bool (*run)(Plan&, const Sizes&);
 };
 
-constexpr Kernel kKernels[] = {
-    {"elu", run_elu},         {"ppo_loss", run_ppo_loss}, {"gae", run_gae}, {"log_prob", run_log_prob},
-    {"kl_loss", run_kl_loss}, {"entropy", run_entropy},   {"kl", run_kl},   {"adam", run_adam},
-    {"rate", run_rate}};
+constexpr Kernel kKernels[] = {{"elu", run_activation<Activation::kElu>},
+                               {"relu", run_activation<Activation::kRelu>},
+                               {"tanh", run_activation<Activation::kTanh>},
+                               {"ppo_loss", run_ppo_loss},
+                               {"gae", run_gae},
+                               {"log_prob", run_log_prob},
+                               {"kl_loss", run_kl_loss},
+                               {"entropy", run_entropy},
+                               {"kl", run_kl},
+                               {"adam", run_adam},
+                               {"rate", run_rate}};
 
 // Small ones, the borders of tiles and chunks, and rows longer than a tile.
 Sizes random_sizes(Plan& plan, int max_threads) {

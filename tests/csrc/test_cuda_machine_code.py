@@ -41,6 +41,7 @@ def readable(mangled: str) -> str:
     words = [re.sub(r"NS_\d+(\w+)E", r"\1", w) for match in types for w in match if w]
     words = [{"f": "float", "d": "double"}.get(w, w) for w in words]
     words += [f"Std{n}" for n in re.findall(r"3StdE(\d)E", arguments)]
+    words += re.findall(r"\d(Elu|Relu|Tanh)E", arguments)
     words += ["vector"] if "Lb1E" in arguments else []
     return " ".join([name[2], *words])
 
@@ -133,9 +134,10 @@ def test_wide_accesses(accesses: dict[str, Counter]) -> None:
     step = accesses["adam_kernel vector"]
     assert [step[kind] for kind in ("LDG 128", "STG 128")] == [4 + 3, 4]  # the elements; what was decided of a tensor
     assert accesses["adam_norms_kernel vector"]["LDG 128"] == 1
-    layer = {way: accesses[f"add_bias_and_elu{way}_kernel vector"] for way in ("", "_backward")}
-    assert [layer[""][kind] for kind in ("LDG 128", "STG 128")] == [5, 4]  # four rows, and the bias
-    assert [layer["_backward"][kind] for kind in ("LDG 128", "STG 128")] == [8, 4]  # four rows of two matrices
+    for function in ("Elu", "Relu", "Tanh"):
+        layer, back = (accesses[f"add_bias_and_activate{way}_kernel {function} vector"] for way in ("", "_backward"))
+        assert [layer[kind] for kind in ("LDG 128", "STG 128")] == [5, 4]  # four rows, and the bias
+        assert [back[kind] for kind in ("LDG 128", "STG 128")] == [8, 4]  # four rows of two matrices
     for name, count in accesses.items():
         assert not any(kind[:3] in ("LDL", "STL") for kind in count), f"{name} uses local memory: {count}"
 

@@ -100,10 +100,10 @@ def test_a_launch_that_fails(machine: ModuleType) -> None:
         gae(x, x, x, x[0], 0.9, 0.9, backend="cuda")
     with pytest.raises(RuntimeError, match=f"^gaussian_kernel: {message}"):
         gaussian_kl(x, x, x, x, backend="cuda")
-    with pytest.raises(RuntimeError, match=f"^add_bias_and_elu_kernel: {message}"):
-        backend.add_bias_and_elu(x, x[0])
-    with pytest.raises(RuntimeError, match=f"^add_bias_and_elu_backward_kernel: {message}"):
-        backend.add_bias_and_elu_backward(x, x)
+    with pytest.raises(RuntimeError, match=f"^add_bias_and_activate_kernel: {message}"):
+        backend.add_bias_and_activate("elu", x, x[0])
+    with pytest.raises(RuntimeError, match=f"^add_bias_and_activate_backward_kernel: {message}"):
+        backend.add_bias_and_activate_backward("elu", x, x)
     machine.pretend()
     assert torch.isfinite(ppo_loss_and_grad(**inputs, backend="cuda")[0].loss)
 
@@ -153,7 +153,7 @@ def test_scratch_memory_of_hidden_layers() -> None:
     sizes = []
     for shape in [(700, 33), (10, 130), (10, 5), (9000, 33)]:
         y = torch.ones(shape, device=device)
-        _, grad_bias = backend.add_bias_and_elu_backward(y, y)
+        _, grad_bias = backend.add_bias_and_activate_backward("elu", y, y)
         assert (grad_bias == shape[0]).all()
         ((_, scratch),) = backend._scratch.kept.items()
         assert not scratch.counter.any()

@@ -172,8 +172,8 @@ def rate() -> Case:
     return run
 
 
-def hidden_layer(num_rows: int, num_units: int, aligned: bool = True) -> Case:
-    """Bias and ELU, and their gradients: into memory of its own, and in place."""
+def hidden_layer(num_rows: int, num_units: int, aligned: bool = True, activation: str = "elu") -> Case:
+    """Bias and activation, and their gradients: into memory of its own, and in place."""
     g = torch.Generator().manual_seed(num_units)
     x, grad = torch.randn(2, num_rows, num_units, generator=g)
     bias = torch.randn(num_units, generator=g)
@@ -185,12 +185,14 @@ def hidden_layer(num_rows: int, num_units: int, aligned: bool = True) -> Case:
     def run(backend: str, exact: bool = False) -> list[Tensor]:
         if exact:
             of = [x.double().requires_grad_(), bias.double().requires_grad_()]
-            y = F.elu(of[0] + of[1])
+            y = {"elu": F.elu, "relu": torch.relu, "tanh": torch.tanh}[activation](of[0] + of[1])
             grads = torch.autograd.grad(y, of, grad.double())
             return [y.detach(), *grads, *grads]
         kernels: Any = backends._module(backend)
-        y = kernels.add_bias_and_elu(placed(x), bias)
-        into_other, in_place = (kernels.add_bias_and_elu_backward(placed(grad), y, choice) for choice in (False, True))
+        y = kernels.add_bias_and_activate(activation, placed(x), bias)
+        into_other, in_place = (
+            kernels.add_bias_and_activate_backward(activation, placed(grad), y, choice) for choice in (False, True)
+        )
         return [y, *into_other, *in_place]
 
     return run
@@ -222,7 +224,11 @@ def cases(backend: str) -> Iterator[tuple[str, Case]]:
     if backend == "cuda":  # with Triton hidden layers and steps are torch's
         for n, h in ((1, 1), (300, 3), (130, 19), (500, 130), (1, 128), (1300, 128), (333, 32)):
             yield f"hidden layer N={n} H={h}", hidden_layer(n, h)
-        yield "hidden layer N=200 H=64, not aligned", hidden_layer(200, 64, aligned=False)
+        for activation in ("elu", "relu", "tanh"):
+            layer = hidden_layer(200, 64, aligned=False, activation=activation)
+            yield f"hidden layer N=200 H=64 {activation}, not aligned", layer
+        for activation in ("relu", "tanh"):
+            yield f"hidden layer N=333 H=128 {activation}", hidden_layer(333, 128, activation=activation)
         shapes = [(3, 700), (1024,), (1,), (5,)]
         yield "adam", adam(shapes, AdamRule(0.9, 0.999, 1e-8, 0.1, False))
         yield "adamw", adam([*shapes, (2, 2)], AdamRule(0.9, 0.99, 1e-6, 0.05, True))
@@ -328,7 +334,7 @@ def main() -> None:
         }
         if args.backend == "cuda":
             found["without_barriers"]["hidden layer"] = without_barriers(
-                launcher, args.backend, hidden_layer(700, 40), "add_bias_and_elu_backward_kernel"
+                launcher, args.backend, hidden_layer(700, 40), "add_bias_and_activate_backward_kernel"
             )
             case = adam([(3, 700), (5,)], AdamRule(0.9, 0.999, 1e-8, 0.0, False))
             found["without_barriers"]["adam"] = without_barriers(launcher, args.backend, case, "adam_norms_kernel")

@@ -51,9 +51,9 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Rows, and the widths of the fused layers that they went through."""
     seen, fused = [], mlp_file.hidden_layers
 
-    def counted(backend: ModuleType, x: Tensor, *parameters: Tensor) -> Tensor:
+    def counted(backend: ModuleType, activation: str, x: Tensor, *parameters: Tensor) -> Tensor:
         seen.append((len(x), *(bias.numel() for bias in parameters[1::2])))
-        return fused(backend, x, *parameters)
+        return fused(backend, activation, x, *parameters)
 
     monkeypatch.setattr(mlp_file, "hidden_layers", counted)
     return seen
@@ -89,7 +89,7 @@ def test_other_layers_in_between(kernels: ModuleType, device: str, fused_calls: 
     """Two runs of fused layers with one of another kind between them; the gradient that comes in stays as it was."""
     torch.manual_seed(0)
     mlp = MLP(6, 3, [32, 16, 8, 8])
-    mlp[3] = nn.Tanh()
+    mlp[3] = nn.SELU()
     model, x = model_of(mlp, device), torch.randn(50, 6, device=device)
     with fused_hidden_layers(kernels, model):
         out = mlp(x)
@@ -100,6 +100,17 @@ def test_other_layers_in_between(kernels: ModuleType, device: str, fused_calls: 
     assert torch.equal(grad, before)
     for fused, plain in zip(ours, torch.autograd.grad(mlp(x), list(mlp.parameters()), grad), strict=True):
         torch.testing.assert_close(fused, plain)
+
+
+def test_one_activation_after_another(kernels: ModuleType, device: str, fused_calls: list) -> None:
+    torch.manual_seed(0)
+    mlp = MLP(6, 3, [32, 16, 8, 8], activation="tanh")
+    mlp[3], mlp[7] = nn.ReLU(), nn.ELU()
+    model, x = model_of(mlp, device), torch.randn(50, 6, device=device)
+    with fused_hidden_layers(kernels, model):
+        out = mlp(x)
+    assert fused_calls == [(50, 32), (50, 16), (50, 8), (50, 8)]
+    torch.testing.assert_close(out, mlp(x))
 
 
 def test_a_hidden_layers_gradient_is_left_alone(kernels: ModuleType, device: str) -> None:
@@ -148,8 +159,8 @@ class OwnLinear(nn.Linear):
 
 
 LEFT_ALONE = {
-    "tanh": MLP(4, 2, [8], activation="tanh"),
-    "relu": MLP(4, 2, [8], activation="relu"),
+    "selu": MLP(4, 2, [8], activation="selu"),
+    "leaky relu": MLP(4, 2, [8], activation="lrelu"),
     "alpha": nn.Sequential(nn.Linear(4, 8), nn.ELU(0.5)),
     "no bias": nn.Sequential(nn.Linear(4, 8, bias=False), nn.ELU()),
     "float64": nn.Sequential(nn.Linear(4, 8).double(), nn.ELU()),

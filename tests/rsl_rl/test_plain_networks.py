@@ -77,6 +77,7 @@ CASES: dict[str, tuple[dict, Callable]] = {
     "frozen weights": ({}, freeze("mlp.0.weight", "mlp.2.weight")),
     "frozen biases": ({}, freeze("mlp.0.bias", "mlp.2.bias")),
     "penalty": ({"args": {"kl_coef": 0.3}}, lambda alg: None),
+    "tanh and relu": ({"actor": {"activation": "tanh"}, "critic": {"activation": "relu"}}, lambda alg: None),
 }
 
 
@@ -183,7 +184,7 @@ CHANGES: dict[str, Callable] = {
     "update of the distribution": lambda alg: setattr(alg.actor.distribution, "__class__", OwnUpdate),
     "update of this distribution": lambda alg: setattr(alg.actor.distribution, "update", alg.actor.distribution.update),
     "sample": lambda alg: setattr(alg.actor.distribution, "sample", alg.actor.distribution.sample),
-    "another activation": lambda alg: alg.critic.mlp.__setitem__(1, nn.Tanh()),
+    "another activation": lambda alg: alg.critic.mlp.__setitem__(1, nn.SELU()),
     "no bias": lambda alg: alg.critic.mlp[2].register_parameter("bias", None),
     "another layout": lambda alg: transpose(alg.actor.mlp[0]),
     "distribution of the critic": lambda alg: setattr(alg.critic, "distribution", GaussianDistribution(1)),
@@ -406,10 +407,11 @@ def test_autograd_and_autocast_within_a_rollout(new_run: Callable, acted: list) 
         ({"actor": LSTM, "critic": LSTM}, 0),
         ({"actor": {"distribution_cfg": {"class_name": "HeteroscedasticGaussianDistribution"}}}, 0),
         ({"actor": {"distribution_cfg": {"class_name": OwnSample}}}, 0),
-        ({"actor": {"activation": "tanh"}}, 0),
+        ({"actor": {"activation": "tanh"}, "critic": {"activation": "relu"}}, 6),
+        ({"actor": {"activation": "swish"}}, 0),
         ({"args": {"backend": "eager"}}, 0),
     ],
-    ids=["rnd and symmetry", "recurrent", "heteroscedastic", "own sample", "tanh", "eager"],
+    ids=["rnd and symmetry", "recurrent", "heteroscedastic", "own sample", "tanh and relu", "swish", "eager"],
 )
 def test_which_configs_act_so(config: dict, steps: int, new_run: Callable, acted: list) -> None:
     new_run(FUSED, **config).rollout()

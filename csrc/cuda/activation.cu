@@ -1,4 +1,4 @@
-// Bias and ELU of a hidden layer: forward in one launch, backward with the bias's gradient in one launch, too.
+// Bias and activation of a hidden layer: forward in one launch, backward with the bias's gradient in one launch, too.
 //
 // A block takes 32 columns, eight threads with four columns each, and 32 rows at a time. Where rows are aligned, four
 // columns are one access of 128 bits, and a warp's cover four stretches of 128 bytes. A thread keeps its columns:
@@ -7,9 +7,8 @@
 // Backward each block leaves the sums over its rows, and the last block of a tile of columns, which a counter of that
 // tile tells it, adds them up. A counter for each tile, not one for all: so the last blocks, for whom everything waits,
 // are several, and each has little to read.
-#include "elu.h"
+#include "activation.h"
 
-#include "../math/elu.h"
 #include "launch.cuh"
 #include "reduce.cuh"
 
@@ -81,9 +80,9 @@ struct Place {
 // --- CUDA kernels ----------------------------------------------------------------------------------------------------
 
 // A chunk is one round of rows.
-template <bool kVector>
+template <class Function, bool kVector>
 __global__ void __launch_bounds__(kThreads, 4)
-    add_bias_and_elu_kernel(int64_t num_rows, int64_t num_cols, unsigned tiles, float* x, const float* bias) {
+    add_bias_and_activate_kernel(int64_t num_rows, int64_t num_cols, unsigned tiles, float* x, const float* bias) {
   const Place<kVector> place(num_cols, tiles);
   if (place.cols <= 0) return;
   const int64_t first = static_cast<int64_t>(place.chunk) * kRoundRows + place.row, to_next = kRowsAtATime * num_cols;
@@ -98,17 +97,17 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int k = 0; k < kInFlight; ++k) {
     if (first + k * kRowsAtATime >= num_rows) return;
 #pragma unroll
-    for (int e = 0; e < kPerThread; ++e) element[k].of[e] = elu(element[k].of[e] + of_column.of[e]);
+    for (int e = 0; e < kPerThread; ++e) element[k].of[e] = Function::value(element[k].of[e] + of_column.of[e]);
     place.store(element[k], at + k * to_next);
   }
 }
 
 // rows_of_chunk: a multiple of kRoundRows. partials: [chunks, num_cols]. counters: [tiles].
-template <bool kVector>
+template <class Function, bool kVector>
 __global__ void __launch_bounds__(kThreads, 4)
-    add_bias_and_elu_backward_kernel(int64_t num_rows, int64_t num_cols, unsigned tiles, int64_t rows_of_chunk,
-                                     const float* grad_y, const float* y, float* grad_x, float* grad_bias,
-                                     float* partials, unsigned* counters) {
+    add_bias_and_activate_backward_kernel(int64_t num_rows, int64_t num_cols, unsigned tiles, int64_t rows_of_chunk,
+                                          const float* grad_y, const float* y, float* grad_x, float* grad_bias,
+                                          float* partials, unsigned* counters) {
   __shared__ float sums_of_rows[kRowsAtATime][kTileCols];
   __shared__ double totals[kGroups][kTileCols];
   const Place<kVector> place(num_cols, tiles);
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       if (k * kRowsAtATime >= left) break;
 #pragma unroll
       for (int e = 0; e < kPerThread; ++e) {
-        grad[k].of[e] = elu_gradient(grad[k].of[e], output[k].of[e]);
+        grad[k].of[e] = Function::gradient(grad[k].of[e], output[k].of[e]);
         sums[e] = __fadd_rn(sums[e], grad[k].of[e]);  // of what is written, not of a product that was not rounded yet
       }
       place.store(grad[k], grad_x + k * to_next);
@@ -198,25 +197,35 @@ bool fits_vector(int64_t num_cols, Addresses... addresses) {
 
 }  // namespace
 
-void add_bias_and_elu(int64_t num_rows, int64_t num_cols, float* x, const float* bias, const Stream& stream) {
-  const int64_t tiles = tiles_of(num_cols);
-  const auto kernel = fits_vector(num_cols, x, bias) ? add_bias_and_elu_kernel<true> : add_bias_and_elu_kernel<false>;
-  launch("add_bias_and_elu_kernel", kernel, blocks_of(num_rows, kRoundRows) * tiles, kThreads, stream, num_rows,
-         num_cols, static_cast<unsigned>(tiles), x, bias);
+void add_bias_and_activate(Activation activation, int64_t num_rows, int64_t num_cols, float* x, const float* bias,
+                           const Stream& stream) {
+  const int64_t tiles = tiles_of(num_cols), blocks = blocks_of(num_rows, kRoundRows) * tiles;
+  with_activation(activation, [&](auto function) {
+    using Function = decltype(function);
+    const auto kernel = fits_vector(num_cols, x, bias) ? add_bias_and_activate_kernel<Function, true>
+                                                       : add_bias_and_activate_kernel<Function, false>;
+    launch("add_bias_and_activate_kernel", kernel, blocks, kThreads, stream, num_rows, num_cols,
+           static_cast<unsigned>(tiles), x, bias);
+  });
 }
 
-int64_t elu_partials(int64_t num_rows, int64_t num_cols) { return chunks_of(num_rows, num_cols) * num_cols; }
+int64_t activation_partials(int64_t num_rows, int64_t num_cols) { return chunks_of(num_rows, num_cols) * num_cols; }
 
-int64_t elu_counters(int64_t num_cols) { return tiles_of(num_cols); }
+int64_t activation_counters(int64_t num_cols) { return tiles_of(num_cols); }
 
-void add_bias_and_elu_backward(int64_t num_rows, int64_t num_cols, const float* grad_y, const float* y, float* grad_x,
-                               float* grad_bias, float* partials, unsigned* counters, const Stream& stream) {
-  const int64_t tiles = tiles_of(num_cols);
-  const auto kernel = fits_vector(num_cols, grad_y, y, grad_x) ? add_bias_and_elu_backward_kernel<true>
-                                                               : add_bias_and_elu_backward_kernel<false>;
-  launch("add_bias_and_elu_backward_kernel", kernel, chunks_of(num_rows, num_cols) * tiles, kThreads, stream, num_rows,
-         num_cols, static_cast<unsigned>(tiles), rows_of_chunk(num_rows, num_cols), grad_y, y, grad_x, grad_bias,
-         partials, counters);
+void add_bias_and_activate_backward(Activation activation, int64_t num_rows, int64_t num_cols, const float* grad_y,
+                                    const float* y, float* grad_x, float* grad_bias, float* partials,
+                                    unsigned* counters, const Stream& stream) {
+  const int64_t tiles = tiles_of(num_cols), blocks = chunks_of(num_rows, num_cols) * tiles;
+  with_activation(activation, [&](auto function) {
+    using Function = decltype(function);
+    const auto kernel = fits_vector(num_cols, grad_y, y, grad_x)
+                            ? add_bias_and_activate_backward_kernel<Function, true>
+                            : add_bias_and_activate_backward_kernel<Function, false>;
+    launch("add_bias_and_activate_backward_kernel", kernel, blocks, kThreads, stream, num_rows, num_cols,
+           static_cast<unsigned>(tiles), rows_of_chunk(num_rows, num_cols), grad_y, y, grad_x, grad_bias, partials,
+           counters);
+  });
 }
 
 }  // namespace pyfast_ppo::cuda
