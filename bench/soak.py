@@ -5,10 +5,11 @@ python bench/soak.py --save NAME           # also writes bench/results/NAME/soak
 python bench/soak.py --plot NAME           # only draws docs/soak.png, from that file
 
 Cart-poles that are to be swung up (runs/swing_up.py), a small network, one thread a run; the arms of a seed run at the
-same time on two cores, and change cores from seed to seed. After a warm-up of a fifth of the run:
+same time on two cores, and change cores from seed to seed.
 
 - memory: slopes of what malloc and Python have given out, of the number of tensors that Python knows of, and of the
-  resident memory, which malloc's keeping of freed memory moves, too (Linux)
+  resident memory, which malloc's keeping of freed memory moves, too (Linux). In the second half of a run: before that
+  Python's collector has not been everywhere yet, for which TensorDict leaves a cycle each time that it is indexed
 - speed: the processor's time of an iteration in the last quarter by that in the first, and of computing returns and
   update(). It is the least of each twenty iterations in a row, and the median of those: what the program takes when
   nobody is in its way. The stock's ratio, at the same time, tells a slowing machine from a slowing algorithm
@@ -48,7 +49,7 @@ from pyfast_ppo.pictures import GREY
 
 SUBJECT = "soak"
 NUM_ENVS = 128
-WARM_UP = 0.2  # share of a run
+WARM_UP = 0.5  # share of a run, for slopes
 MOST_GROWTH = {  # per iteration
     "heap_bytes": 64.0,  # less than the smallest tensor takes
     "python_blocks": 0.1,

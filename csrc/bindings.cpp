@@ -1,8 +1,8 @@
 // pyfast_ppo._C. No torch at build time: one binary serves every torch.
 #include "bindings.h"
 
-#include "cpu/adam.h"
 #include "cpu/activation.h"
+#include "cpu/adam.h"
 #include "cpu/gae.h"
 #include "cpu/gaussian.h"
 #include "cpu/isa.h"

@@ -2,8 +2,8 @@
 #include "bindings.h"
 
 #include "../bindings.h"
-#include "adam.h"
 #include "activation.h"
+#include "adam.h"
 #include "gae.h"
 #include "gaussian.h"
 #include "launch.h"

@@ -29,7 +29,8 @@ def hidden_layers(backend: ModuleType, activation: str, x: Tensor, *parameters: 
             backend's device.
 
     The derivative is taken from y = f(x), which is all that is kept: that of ELU for x < 0 is y + 1, eˣ to within 3e-8,
-    that of tanh 1 - y². So the gradient of a unit that saturates is right to 3e-8 of the incoming one, not of itself.
+    that of tanh 1 - y², that of ReLU at 0 is 0. So the gradient of a unit that saturates is right to 3e-8 of the
+    incoming one, not of itself.
     """
     return _HiddenLayers.apply(backend, activation, x, *parameters)
 

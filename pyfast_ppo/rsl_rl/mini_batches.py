@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pyfast_ppo.ops.shared_row import first_row, is_shared_row
 from pyfast_ppo.rsl_rl.mlp import has_own_ways
+from pyfast_ppo.rsl_rl.policy import comes_from
 
 AT_ONCE_BYTES = 2**28
 """Of a rollout's observations: up to here all mini-batches are gathered before the first step and kept for all epochs,
@@ -29,7 +30,9 @@ def own_methods(storage: RolloutStorage) -> list[str]:
     return [
         name
         for name in _OWN_METHODS
-        if name in vars(storage) or getattr(type(storage), name) is not getattr(RolloutStorage, name)
+        if name in vars(storage)
+        or getattr(type(storage), name) is not getattr(RolloutStorage, name)
+        or not comes_from("rsl_rl", getattr(type(storage), name))
     ]
 
 

@@ -7,7 +7,6 @@ networks wait for. Hidden layers are the fused ones in a rollout, too: the actio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import chain
 from numbers import Real
 from types import ModuleType
@@ -25,7 +24,7 @@ from torch.distributions import Normal
 
 from pyfast_ppo.ops.hidden_layers import backward_pass, forward_pass, last_output
 from pyfast_ppo.rsl_rl.mlp import fused_whole, has_own_ways, hooks_of, hooks_of_all, latent_of, only_reads_its_latent
-from pyfast_ppo.rsl_rl.policy import drawn, reason_not_fused
+from pyfast_ppo.rsl_rl.policy import comes_from, drawn, reason_not_fused
 
 
 class Acted(NamedTuple):
@@ -70,7 +69,7 @@ class PlainNetworks:
             return None
         ways = (type(plain._distribution).sample, type(plain._distribution).log_prob)
         usual = ways == (GaussianDistribution.sample, GaussianDistribution.log_prob)
-        return plain if usual and all(_comes_from("rsl_rl", way) for way in ways) else None
+        return plain if usual and all(comes_from("rsl_rl", way) for way in ways) else None
 
     @staticmethod
     def _of(backend: ModuleType, actor: nn.Module, critic: nn.Module, obs: TensorDict) -> PlainNetworks | None:
@@ -86,7 +85,10 @@ class PlainNetworks:
         return PlainNetworks(backend, actor, critic)
 
     def serve(self, actor: nn.Module, critic: nn.Module) -> bool:
-        """Whether they stand for these as they are now, where autograd asks for nothing."""
+        """Whether they stand for these as they are now, where autograd asks for nothing.
+
+        Numbers that are replaced, as the std's range, and functions of a class show in the next rollout.
+        """
         if torch.is_grad_enabled() or torch.is_autocast_enabled(self._backend.DEVICE_TYPE):
             return False
         return (actor, critic) == self._models and self._parts.are_as_before()
@@ -239,7 +241,7 @@ def _is_plain(backend: ModuleType, model: MLPModel, obs: TensorDict) -> bool:
     if has_own_ways(model) or not only_reads_its_latent(model) or type(model).__call__ is not nn.Module.__call__:
         return False
     functions = (type(model).forward, type(model).get_latent, type(model.mlp).forward)
-    if not all(_comes_from("rsl_rl", f) for f in functions):
+    if not all(comes_from("rsl_rl", f) for f in functions):
         return False
     if not all(obs[name].dtype == torch.float32 for name in model.obs_groups):
         return False
@@ -257,7 +259,7 @@ def _is_plain_gaussian(distribution: object) -> bool:
     if not isinstance(distribution, GaussianDistribution) or any(map(callable, vars(distribution).values())):
         return False
     update = type(distribution).update
-    if update is not GaussianDistribution.update or not _comes_from("rsl_rl", update):
+    if update is not GaussianDistribution.update or not comes_from("rsl_rl", update):
         return False
     std = _Std.parameter_of(distribution)
     if not _is_plain_parameter(std) or std.shape != (distribution.output_dim,):
@@ -270,8 +272,3 @@ def _is_plain_parameter(parameter: object) -> bool:
     if type(parameter) is not nn.Parameter or parameter.dtype != torch.float32 or not parameter.is_contiguous():
         return False
     return not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
-
-
-def _comes_from(package: str, function: Callable) -> bool:
-    """Users put other functions in the place of a class's, too."""
-    return function.__module__.partition(".")[0] == package

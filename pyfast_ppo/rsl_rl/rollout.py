@@ -24,6 +24,7 @@ from pyfast_ppo.rsl_rl.plain_networks import PlainNetworks
 from pyfast_ppo.rsl_rl.policy import (
     NORMALIZES_IN_UPDATE,
     Instead,
+    comes_from,
     keep_all_stds,
     keeps_row,
     log_prob_at_once,
@@ -68,7 +69,7 @@ class FusedRollout(PPO):
         self._rollout_key: tuple = ()
         self._memory: RolloutMemory | None = None
         self._plain: PlainNetworks | None = None  # what the rollout acts by, if nothing is unusual
-        self._stored: dict[str, Any] = {}  # the transition, where the storage has it already, but for its outcome
+        self._stored: StepMemory | None = None  # where the storage has the transition already, but for its outcome
         self._last_obs: Any = None  # the memory of what the rollout ended with, for a graph
 
     def _fuse_rollout(self, cuda_graph: bool) -> str | None:
@@ -95,35 +96,42 @@ class FusedRollout(PPO):
         )
 
     def act(self, obs: TensorDict) -> Tensor:
-        """Sample actions and store transition data."""
+        """Sample actions and store transition data.
+
+        What is stored is in ``transition``, mostly as views of the storage's memory: other tensors that are put there
+        before ``process_env_step`` are stored instead, while what is written into the actions that this returns is not.
+        """
         st = self.storage
         if st.step >= st.num_transitions_per_env or obs.batch_size != st.observations.batch_size[1:]:
             return self._act(obs)  # of other environments, as for an evaluation
         if st.step == 0:
             self._follow_rollout()
-        memory = self._memory_of_step()
-        memory.observations.copy_(obs)  # now: an environment may write into its observations while it steps
         captured = self._captured_rollout
         usual = self._is_gaussian and not self._recurrent and not self._own_methods
-        if not memory.params or not (usual or captured is not None):  # the first rollout makes room for them
+        if st.distribution_params is None or not (usual or captured is not None):  # the first rollout makes them
+            kept = st.observations[st.step]
+            kept.copy_(obs)  # now: an environment may write into its observations while it steps
             actions = self._act(obs)
-            self.transition.observations = memory.observations
-            return actions
+            self.transition.observations = kept
+            return actions.clone()  # and into these
+        memory = self._memory_of_step()
+        memory.observations.copy_(obs)
         if captured is None:
             self._act_into(memory, obs)
             actions = self.transition.actions
         else:
             captured.run(lambda: self._act_into(memory, memory.observations), lambda: self._rollout_key, slot=st.step)
-            actions = memory.actions.clone()  # an environment may write into these, too
-        self._put_into_transition(self._memory_of_step())  # an unusual std has got more
+            actions = memory.actions.clone()
+        self._put_into_transition(self._memory_of_step())  # acting may have made more room for the stds
         return actions
 
     def _act(self, obs: TensorDict) -> Tensor:
-        if (plain := self._plain_now()) is None:
+        if (plain := self._plain_now()) is None or obs.batch_dims != 1:
             with self._acting(), self._critic_beside_actor():
                 return super().act(obs)
         acted = plain.act(obs)
         self.transition.hidden_states = (None, None)
+        self.transition.observations = obs
         self.transition.actions, self.transition.values = acted.actions, acted.values
         self.transition.actions_log_prob = acted.log_prob
         self.transition.distribution_params = (acted.mean, acted.std)
@@ -135,30 +143,29 @@ class FusedRollout(PPO):
         st, acted = self.storage, self.transition
         memory.actions.copy_(acted.actions)
         memory.values.copy_(acted.values)
-        memory.log_prob.copy_(acted.actions_log_prob.view(-1, 1))
+        memory.log_prob.copy_(acted.actions_log_prob.view(-1))
         mean, std = acted.distribution_params
         memory.params[0].copy_(mean)
         if not keeps_row(st, std):
             st.distribution_params[1][st.step].copy_(std)
 
     def _put_into_transition(self, memory: StepMemory) -> None:
+        """What the storage has already."""
         self.transition.hidden_states = (None, None)
         self.transition.observations = memory.observations
         self.transition.actions, self.transition.values = memory.actions, memory.values
         self.transition.actions_log_prob, self.transition.distribution_params = memory.log_prob, memory.params
-        self._stored = dict(vars(self.transition))
+        self._stored = memory
 
     def _follow_rollout(self) -> None:
         """Before its first step: what may have changed since the last one."""
-        if self._memory is None or not self._memory.is_of(self.storage):
-            self._memory = RolloutMemory(self.storage)
         self._follow_storage()
         self._plain = self._plain_networks_of_rollout()
         if self._captured_rollout is not None:
             self._rollout_key = self._key_of_rollout()
 
     def _memory_of_step(self) -> StepMemory:
-        if self._memory is None or not self._memory.has_params_of(self.storage):
+        if self._memory is None or not self._memory.is_of(self.storage):
             self._memory = RolloutMemory(self.storage)
         return self._memory.steps[self.storage.step]
 
@@ -166,6 +173,8 @@ class FusedRollout(PPO):
         """Actor and critic, if those are the usual ones."""
         compiled = self.actor is not self._raw_actor or self.critic is not self._raw_critic
         if compiled or self._two_streams or not self._is_gaussian:
+            return None
+        if super().act.__func__ is not PPO.act or not comes_from("rsl_rl", PPO.act):  # a mixin's, or replaced for all
             return None
         kernels = backends.select(self.backend, torch.device(self.device))
         return PlainNetworks.for_rollout(kernels, self.actor, self.critic, self.storage.observations)
@@ -202,26 +211,32 @@ class FusedRollout(PPO):
                 del extras["time_outs"]
             else:  # PPO adds γ V(s_t) to the reward
                 extras["time_outs"] = time_outs
-        stored, self._stored = self._stored, {}
-        as_usual = self._is_gaussian and not self._own_methods
-        # unless a user has put something else there
-        if as_usual and stored and all(value is stored.get(name) for name, value in vars(self.transition).items()):
-            self.storage.add_transition = self._add_outcome  # hides the method of the class
-            try:
-                super().process_env_step(obs, rewards, dones, extras)
-            finally:
-                del self.storage.add_transition
+        put_in = "add_transition" in vars(self.storage)  # by a user, since the rollout began
+        if not self._is_gaussian or self._own_methods or put_in:
+            if put_in:
+                keep_all_stds(self.storage)
+            super().process_env_step(obs, rewards, dones, extras)
             return
-        if as_usual:
-            store_std_once(self.storage, self.transition)
-        super().process_env_step(obs, rewards, dones, extras)
+        self.storage.add_transition = self._add_transition  # hides the method of the class
+        try:
+            super().process_env_step(obs, rewards, dones, extras)
+        finally:
+            del self.storage.add_transition
 
-    def _add_outcome(self, transition: RolloutStorage.Transition) -> None:
-        """What ``RolloutStorage.add_transition`` does with that of a transition that the storage has otherwise."""
-        memory = self._memory_of_step()
-        memory.rewards.copy_(transition.rewards.view(-1, 1))
-        memory.dones.copy_(transition.dones.view(-1, 1))
-        self.storage.step += 1
+    def _add_transition(self, transition: RolloutStorage.Transition) -> None:
+        """``RolloutStorage.add_transition``, which leaves out what the storage has already."""
+        st = self.storage
+        stored, self._stored = self._stored, None
+        if stored is not None:
+            in_time = st.step < st.num_transitions_per_env and self._memory_of_step() is stored
+            if in_time and stored.is_in(transition):
+                stored.rewards.copy_(transition.rewards.view(-1, 1))
+                stored.dones.copy_(transition.dones.view(-1, 1))
+                st.step += 1
+                return
+            self._memory = None  # a user may have put something into the observations that it has
+        store_std_once(st, transition)
+        type(st).add_transition(st, transition)
 
     def _begin_rollout(self) -> None:
         if not self._final_values.fits(self._raw_critic, self.storage):  # the user has put in others

@@ -14,21 +14,31 @@ class StepMemory(NamedTuple):
     """Of one step of E environments."""
 
     observations: TensorDict  # [E, ...] each
+    groups: tuple[Tensor, ...]  # those that are in it
     actions: Tensor  # [E, A]
-    log_prob: Tensor  # [E, 1]
+    log_prob: Tensor  # [E]
     values: Tensor  # [E, 1]
     params: tuple[Tensor, ...]  # mean and std, [E, A] each; none before the first transition
     rewards: Tensor  # [E, 1]
     dones: Tensor  # [E, 1]
+
+    def is_in(self, transition: RolloutStorage.Transition) -> bool:
+        """Whether the transition has nothing but this, and its outcome."""
+        return (
+            transition.observations is self.observations
+            and transition.actions is self.actions
+            and transition.actions_log_prob is self.log_prob
+            and transition.values is self.values
+            and transition.distribution_params is self.params
+            and [*map(id, self.observations.values())] == [*map(id, self.groups)]
+        )
 
 
 class RolloutMemory:
     """Of all steps of a storage."""
 
     def __init__(self, storage: RolloutStorage) -> None:
-        self._groups = list(storage.observations.items())
         self._tensors = _tensors(storage)
-        self._params = storage.distribution_params
         with torch.inference_mode(False):  # written to in and outside of inference mode
             self.steps = [_step(storage, i) for i in range(storage.num_transitions_per_env)]
 
@@ -38,25 +48,31 @@ class RolloutMemory:
 
     def is_of(self, storage: RolloutStorage) -> bool:
         """Whether it is the storage's still."""
-        same = all(a is b for a, b in zip(_tensors(storage), self._tensors, strict=True))
-        same = same and len(self.steps) == storage.num_transitions_per_env and self.has_params_of(storage)
-        return same and all(storage.observations.get(name) is group for name, group in self._groups)
-
-    def has_params_of(self, storage: RolloutStorage) -> bool:
-        """They alone may become others within a rollout."""
-        return storage.distribution_params is self._params
+        return [*map(id, _tensors(storage))] == [*map(id, self._tensors)]
 
 
 def _tensors(storage: RolloutStorage) -> tuple:
     st = storage
-    return st.observations, st.actions, st.actions_log_prob, st.values, st.rewards, st.dones
+    groups = st.observations.values()
+    return (
+        st.observations,
+        *groups,
+        st.actions,
+        st.actions_log_prob,
+        st.values,
+        st.rewards,
+        st.dones,
+        st.distribution_params,
+    )
 
 
 def _step(storage: RolloutStorage, i: int) -> StepMemory:
+    observations = storage.observations[i]
     return StepMemory(
-        storage.observations[i],
+        observations,
+        tuple(observations.values()),
         storage.actions[i],
-        storage.actions_log_prob[i],
+        storage.actions_log_prob[i, :, 0],
         storage.values[i],
         tuple(params[i] for params in storage.distribution_params or ()),
         storage.rewards[i],

@@ -8,10 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rsl_rl.algorithms import PPO
 from rsl_rl.modules.distribution import GaussianDistribution
+from rsl_rl.storage import RolloutStorage
 from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyfast_ppo.rsl_rl import FusedPPO
 
 FUSED = "pyfast_ppo.rsl_rl:FusedPPO"
 HETEROSCEDASTIC = {"distribution_cfg": {"class_name": "HeteroscedasticGaussianDistribution", "std_type": "log"}}
@@ -144,9 +148,9 @@ def test_what_a_user_puts_into_the_transition_is_stored(actor: dict, new_run: Ca
     torch.testing.assert_close(fused.rewards, stock.rewards, rtol=0, atol=2e-6)  # time-outs bootstrap from the values
 
 
-def test_an_environment_may_write_into_the_actions(new_run: Callable) -> None:
-    run = new_run(FUSED).rollout()
-    run.alg.storage.clear()
+@pytest.mark.parametrize("actor", ACTORS.values(), ids=ACTORS)
+def test_an_environment_may_write_into_the_actions(actor: dict, new_run: Callable) -> None:
+    run = new_run(FUSED, actor=actor)
     step, seen = run.env.step, []
 
     def step_in_place(actions: Tensor) -> tuple:
@@ -154,8 +158,143 @@ def test_an_environment_may_write_into_the_actions(new_run: Callable) -> None:
         return step(actions.fill_(0.0))
 
     run.env.step = step_in_place
+    for _ in range(2):
+        seen.clear()
+        run.rollout()
+        assert torch.equal(run.alg.storage.actions, torch.stack(seen))
+        run.alg.storage.clear()
+
+
+def test_a_group_that_a_user_replaces_in_the_transition(new_run: Callable) -> None:
+    """Its observations are a TensorDict, in which that is not seen from outside."""
+    run = new_run(FUSED)
+    process_env_step, relabelled = run.alg.process_env_step, []
+
+    def relabel(*args: object) -> None:
+        if not relabelled or len(relabelled) % 6 == 2:
+            obs = run.alg.transition.observations
+            obs["policy"] = obs["policy"] + 100.0
+        relabelled.append(run.alg.transition.observations["policy"].clone())
+        process_env_step(*args)
+
+    run.alg.process_env_step = relabel
+    for _ in range(3):
+        relabelled_before = len(relabelled)
+        run.rollout()
+        assert torch.equal(run.alg.storage.observations["policy"], torch.stack(relabelled[relabelled_before:]))
+        run.alg.storage.clear()
+    assert torch.stack(relabelled).max() > 90.0
+
+
+@pytest.mark.parametrize("how", ["cleared", "another"])
+def test_a_rollout_that_is_thrown_away_within_a_step(how: str, new_run: Callable) -> None:
+    """The transition is the first of the new one, in full."""
+    run = new_run(FUSED).rollout()
+    alg = run.alg
+    alg.storage.clear()
+    with torch.inference_mode():
+        obs = run.env.get_observations()
+        for _ in range(3):
+            obs, *outcome = run.env.step(alg.act(obs))
+            alg.process_env_step(obs, *outcome)
+        _, *outcome = run.env.step(actions := alg.act(obs))
+        if how == "cleared":
+            alg.storage.clear()
+        else:
+            st = alg.storage
+            alg.storage = type(st)("rl", st.num_envs, st.num_transitions_per_env, obs, st.actions_shape, st.device)
+        alg.process_env_step(obs, *outcome)
+    assert alg.storage.step == 1
+    assert torch.equal(alg.storage.actions[0], actions)
+    assert torch.equal(alg.storage.observations["policy"][0], obs["policy"])
+
+
+def test_what_a_transition_has(new_run: Callable) -> None:
+    """In the first step as later: shapes as in PPO."""
+    shapes = []
+    for algorithm in ("PPO", FUSED):
+        run = new_run(algorithm)
+        process_env_step = run.alg.process_env_step
+
+        def note(*args: object, run=run, process_env_step=process_env_step) -> None:
+            t = run.alg.transition
+            tensors = (t.actions, t.values, t.actions_log_prob, *t.distribution_params)
+            shapes[-1].append(([x.shape for x in tensors], t.observations.batch_size, t.hidden_states))
+            process_env_step(*args)
+
+        run.alg.process_env_step = note
+        shapes.append([])
+        run.rollout()
+    assert shapes[0] == shapes[1]
+
+
+class Watching(PPO):
+    seen = 0
+
+    def act(self, obs: TensorDict) -> Tensor:
+        Cooperative.seen += 1
+        return super().act(obs)
+
+
+class Cooperative(FusedPPO, Watching):
+    pass
+
+
+def test_the_act_of_another_parent_is_called(new_run: Callable) -> None:
+    run = new_run(Cooperative).rollout()
+    assert Cooperative.seen == run.alg.storage.num_transitions_per_env
+
+
+class OwnValues(PPO):
+    def process_env_step(self, *args: object) -> None:
+        self.transition.values = torch.full_like(self.transition.values, 3.0)
+        super().process_env_step(*args)
+
+
+class FusedOwnValues(FusedPPO, OwnValues):
+    pass
+
+
+def test_what_another_parent_puts_into_the_transition_is_stored(new_run: Callable) -> None:
+    assert (new_run(FusedOwnValues).rollout().alg.storage.values == 3.0).all()
+
+
+@pytest.mark.parametrize("where", ["for all", "this one", "this one, later"])
+def test_a_replaced_way_to_store_is_called(where: str, new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen, own = new_run(FUSED), [], RolloutStorage.add_transition
     run.rollout()
-    assert torch.equal(run.alg.storage.actions, torch.stack(seen))
+    run.alg.storage.clear()
+    if where == "for all":
+        monkeypatch.setattr(RolloutStorage, "add_transition", lambda st, t: seen.append(st.step) or own(st, t))
+    mine = lambda t: seen.append(run.alg.storage.step) or own(run.alg.storage, t)  # noqa: E731
+    step = run.env.step
+
+    def put_in_and_step(actions: Tensor) -> tuple:
+        if run.alg.storage.step == {"this one": 0, "this one, later": 3}.get(where):
+            run.alg.storage.add_transition = mine
+        return step(actions)
+
+    run.env.step = put_in_and_step
+    run.rollout()
+    assert seen == list(range(3 if where == "this one, later" else 0, 6))
+    if where != "for all":
+        assert run.alg.storage.add_transition is mine
+
+
+def test_a_group_that_comes_later(new_run: Callable) -> None:
+    run = new_run(FUSED).rollout()
+    st, get_observations = run.alg.storage, run.env.get_observations
+    st.clear()
+    st.observations["more"] = torch.zeros(*st.observations.batch_size, 2)
+    run.env.get_observations = lambda: get_observations().set("more", torch.ones(st.num_envs, 2))
+    run.rollout()
+    assert (st.observations["more"] == 1.0).all()
+
+
+def test_acting_for_rows_of_several_dimensions(new_run: Callable) -> None:
+    alg = new_run(FUSED).rollout().alg
+    with torch.inference_mode():
+        assert alg.act(alg.storage.observations).shape == alg.storage.actions.shape
 
 
 @pytest.mark.parametrize("name", ["observations", "actions", "distribution_params", "a group"])
