@@ -68,7 +68,7 @@ def detach_last_forward(distribution: Distribution) -> None:
 
 def comes_from(package: str, function: Callable) -> bool:
     """Users put other functions in the place of a class's, too."""
-    return getattr(function, "__module__", "").partition(".")[0] == package
+    return (getattr(function, "__module__", None) or "").partition(".")[0] == package
 
 
 def normalizes(model: nn.Module) -> bool:
