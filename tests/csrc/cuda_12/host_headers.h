@@ -16,6 +16,7 @@ using ::memcpy;
 
 class string;  // only named
 
+inline float copysign(float x, float y) { return ::copysignf(x, y); }
 inline float fabs(float x) { return ::fabsf(x); }
 inline double fabs(double x) { return ::fabs(x); }
 inline float exp(float x) { return ::expf(x); }
