@@ -685,6 +685,7 @@ class Table {
     add("sqrt.rn." + t, unary<T, T>([](T a) { return std::sqrt(a); }));
     add("neg." + t, unary<T, T>([](T a) { return -a; }));
     add("abs." + t, unary<T, T>([](T a) { return std::fabs(a); }));
+    add("copysign." + t, binary<T, T, T>([](T a, T b) { return std::copysign(b, a); }));  // the sign is the first's
     either_of_two_or_three<T>("min." + t, [](T a, T b) { return std::fmin(a, b); });
     either_of_two_or_three<T>("max." + t, [](T a, T b) { return std::fmax(a, b); });
     compare_floats<T>(t, [](T a) { return a; });

@@ -73,6 +73,7 @@ def test_floats(machine: ModuleType) -> None:
     assert floats(machine, "max.f32", float("nan"), 2.0) == 2.0
     assert floats(machine, "div.rn.f32", 1.0, 3.0) == third
     assert floats(machine, "neg.f32", 0.5) == -0.5
+    assert floats(machine, "copysign.f32", -1.0, 2.0) == -2.0  # the first one's sign
 
 
 def test_comparisons_with_nan(machine: ModuleType) -> None:
