@@ -6,6 +6,7 @@ networks wait for. Hidden layers are the fused ones in a rollout, too: the actio
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import chain
 from numbers import Real
@@ -194,8 +195,10 @@ class _Std:
         self._is_log = distribution.std_type == "log"
         self._parameter = self.parameter_of(distribution)
         self._range = distribution.log_std_range if self._is_log else distribution.std_range
-        # clamp has a gradient at the bounds themselves, hardtanh has none: so its bounds are the numbers beside
-        self._outside = [_beside(self._range[0], -math.inf), _beside(self._range[1], math.inf)]
+        # hardtanh has no gradient at its bounds: where clamp has one, they are the numbers beside
+        self._outside = list(self._range)
+        if _clamp_has_gradient_at_its_bounds():
+            self._outside = [_beside(self._range[0], -math.inf), _beside(self._range[1], math.inf)]
         self._std = torch.empty(0)  # of the last forward pass
 
     @staticmethod
@@ -214,6 +217,15 @@ class _Std:
             grad = grad * self._std
         # one launch, where autograd compares with both bounds, and chooses, in five
         _add_gradient(self._parameter, torch.ops.aten.hardtanh_backward(grad, self._parameter, *self._outside))
+
+
+@functools.cache
+def _clamp_has_gradient_at_its_bounds() -> bool:
+    """torch 2.15 took it away; asked of torch itself, which autograd's results are compared with."""
+    with torch.inference_mode(False), torch.enable_grad():
+        at_bound = torch.zeros(1, device="cpu", requires_grad=True)
+        (grad,) = torch.autograd.grad(at_bound.clamp(0.0, 1.0), at_bound)
+    return bool(grad)
 
 
 def _beside(bound: float, towards: float) -> float:

@@ -43,14 +43,15 @@ def captured_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModul
 
 
 def test_compiled_models_stay_with_ppo(train: Callable) -> None:
-    """The real compiler. Its kernels add in another order than the plain ones, which PPO runs here: the divergence is
-    that of test_parity.py. Three iterations: the time goes into compiling."""
+    """The real compiler, for PPO too: compiled models draw other actions than plain ones since torch 2.15. FusedPPO's
+    sums have another order than PPO's: the divergence is that of test_parity.py. Three iterations: the time goes into
+    compiling."""
     args = {"schedule": "adaptive"}
-    config = {"actor": SMALL, "critic": SMALL}
+    config = {"actor": SMALL, "critic": SMALL, "torch_compile_mode": "default"}
     stock = train("PPO", 3, **config, args=args)
     nudged = train("PPO", 3, nudge=0, **config, args=args)
     args = {**args, "keep_random_stream": True}
-    fused = train(FUSED, 3, **config, args=args, torch_compile_mode="default")
+    fused = train(FUSED, 3, **config, args=args)
     assert type(fused.alg.actor).__name__ == "OptimizedModule"
     assert fused.rates == stock.rates
     assert fused.distance(stock) <= 10.0 * max(nudged.distance(stock), 1e-7)
