@@ -161,6 +161,13 @@ def k3(x: Tensor) -> Tensor:
     return expm1_minus(clamped) + (x - clamped).abs()
 
 
+def _clip(t: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """clamp, with a gradient at the bounds in every version of torch: its own has had none there since 2.15."""
+    # torch's stubs have clamp for two numbers and for two tensors, but not for what may be either
+    clamped = torch.clamp(t.detach(), low, high)  # type: ignore[arg-type]
+    return torch.where((t >= low) & (t <= high), t, clamped)
+
+
 def ppo_loss(
     mean: Tensor,  # [N, A]
     std: Tensor,  # [A] or [N, A]
@@ -204,13 +211,12 @@ def ppo_loss(
     # log_ratio + (clamped - log_ratio).detach() would not be clamped: past 10⁷ float32 rounds the difference by more
     # than 1. The zero that has the gradient is NaN if the log-ratio is not finite, so that it shows.
     ratio = torch.exp(clamped + (log_ratio - log_ratio.detach()))
-    # torch's stubs have clamp for two numbers and for two tensors, but not for what may be either
-    clipped_ratio = torch.clamp(ratio, 1.0 - clip_param, 1.0 + clip_param)  # type: ignore[arg-type]
+    clipped_ratio = _clip(ratio, 1.0 - clip_param, 1.0 + clip_param)
     surrogate = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
 
     # value loss
     if use_clipped_value_loss:
-        value_clipped = old_values + (values - old_values).clamp(-clip_param, clip_param)  # type: ignore[arg-type]
+        value_clipped = old_values + _clip(values - old_values, -clip_param, clip_param)
         value_loss = torch.max((values - returns).pow(2), (value_clipped - returns).pow(2)).mean()
     else:
         value_loss = (returns - values).pow(2).mean()

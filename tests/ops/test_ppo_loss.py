@@ -506,13 +506,28 @@ def test_coefficients_are_computed_with_as_the_tensors(backend: str, device: str
 # --- ties -------------------------------------------------------------------------------------------------------------
 
 
+def clamp(t: Tensor, low: float, high: float) -> Tensor:
+    """torch's of before 2.15: since then it has no gradient at its bounds."""
+    inside = ((t >= low) & (t <= high)).to(t.dtype)
+    return torch.clamp(t, low, high).detach() + inside * (t - t.detach())
+
+
+def test_the_clamp_is_that_of_torch() -> None:
+    t = torch.tensor([-2.0, -0.5, 0.0, 0.75, 2.0], requires_grad=True)
+    grads = [torch.autograd.grad(f(t, -0.5, 0.75).sum(), t)[0] for f in (clamp, torch.clamp)]
+    assert torch.equal(clamp(t, -0.5, 0.75), torch.clamp(t, -0.5, 0.75))
+    assert grads[0].tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+    at_bounds = float(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15))
+    assert grads[1].tolist() == [0.0, at_bounds, 1.0, at_bounds, 0.0]
+
+
 def stock_rows(ratio: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor, returns: Tensor, clip: float):
-    """The stock surrogate and value loss of each row, and their derivatives by torch.autograd."""
+    """The stock surrogate and value loss of each row, and their derivatives by torch.autograd, with this clamp."""
     log_ratio = ratio.log().requires_grad_()
     ratio = ratio * torch.exp(log_ratio - log_ratio.detach())  # exactly the ratio that was asked for
     values = values.clone().requires_grad_()
-    surrogate = torch.max(-advantages * ratio, -advantages * torch.clamp(ratio, 1.0 - clip, 1.0 + clip))
-    value_clipped = old_values + (values - old_values).clamp(-clip, clip)
+    surrogate = torch.max(-advantages * ratio, -advantages * clamp(ratio, 1.0 - clip, 1.0 + clip))
+    value_clipped = old_values + clamp(values - old_values, -clip, clip)
     value_loss = torch.max((values - returns).pow(2), (value_clipped - returns).pow(2))
     (surrogate.sum() + value_loss.sum()).backward()
     return surrogate.detach(), log_ratio.grad, value_loss.detach(), values.grad
@@ -534,7 +549,7 @@ def test_value_loss_ties(backend: str, device: str, step: float, error: float, d
     """Numbers that are exact in binary: a step right at the clip range, and errors that clipping leaves as large.
 
     v_old = 0, v = .75, R = .5, clip .25 has (v - R)² = (v_c - R)²: torch's max gives each side half of the gradient
-    there, and its clamp passes it at the bounds.
+    there, and clamp passes it at the bounds.
     """
     clip = 0.25
     inputs = one_row_inputs(0.0, dtype, device, values=step, returns=step - error)
