@@ -160,9 +160,11 @@ def _with_gradients(module: nn.Module) -> list[nn.Parameter]:
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """The norm of the gradients, before they were clipped."""
-    if math.isinf(max_norm):
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+    # foreach=False: torch 2.15's norm of many tensors at once copies from the host, which no CUDA graph takes
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=False)
+    if not math.isinf(max_norm):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def fitting_option(optimizer: Optimizer) -> str | None:
