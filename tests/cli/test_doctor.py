@@ -57,7 +57,7 @@ def test_versions(run_command, monkeypatch):
     lines = [line.split(maxsplit=1) for line in run_command("doctor").out.splitlines()]
     assert ["pyfast_ppo", pyfast_ppo.__version__] in lines
     assert ["python", platform.python_version()] in lines
-    assert ["torch", torch.__version__] in lines
+    assert ["torch", version("torch")] in lines  # torch.__version__ also says for which CUDA it was built
     assert ["triton", "not installed"] in lines
 
 
