@@ -162,7 +162,7 @@ def k3(x: Tensor) -> Tensor:
 
 
 def _clip(t: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """clamp, with a gradient at the bounds in every version of torch: its own has had none there since 2.15."""
+    """clamp, with a gradient at the bounds in every version of torch: its own has had none there since 2.14."""
     # torch's stubs have clamp for two numbers and for two tensors, but not for what may be either
     clamped = torch.clamp(t.detach(), low, high)  # type: ignore[arg-type]
     return torch.where((t >= low) & (t <= high), t, clamped)

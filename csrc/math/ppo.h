@@ -1,7 +1,7 @@
 // One row of PPO: the clipped surrogate, the value loss, and their derivatives. r = pi_new / pi_old.
 //
 // Where two arguments of max() are equal, torch.autograd gives each half of the gradient, and clamp() passes the
-// gradient at its bounds, or did before torch 2.15; both are kept here, so that ties agree with the stock formula.
+// gradient at its bounds, or did before torch 2.14; both are kept here, so that ties agree with the stock formula.
 #pragma once
 
 #include "elementary.h"

@@ -221,7 +221,7 @@ class _Std:
 
 @functools.cache
 def _clamp_has_gradient_at_its_bounds() -> bool:
-    """torch 2.15 took it away; asked of torch itself, which autograd's results are compared with."""
+    """torch 2.14 took it away; asked of torch itself, which autograd's results are compared with."""
     with torch.inference_mode(False), torch.enable_grad():
         at_bound = torch.zeros(1, device="cpu", requires_grad=True)
         (grad,) = torch.autograd.grad(at_bound.clamp(0.0, 1.0), at_bound)

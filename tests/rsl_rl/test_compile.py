@@ -43,7 +43,7 @@ def captured_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModul
 
 
 def test_compiled_models_stay_with_ppo(train: Callable) -> None:
-    """The real compiler, for PPO too: compiled models draw other actions than plain ones since torch 2.15. FusedPPO's
+    """The real compiler, for PPO too: with torch 2.15 compiled models draw other actions than plain ones. FusedPPO's
     sums have another order than PPO's: the divergence is that of test_parity.py. Three iterations: the time goes into
     compiling."""
     args = {"schedule": "adaptive"}
