@@ -81,6 +81,7 @@ class Captured(Generic[Result]):
             return work()
         if (present := key()) != self._key:
             self._follow(present)
+        self._key = present  # the object, too: one is compared with itself in no time
         if slot not in self._graphs and self._waited.get(slot, True):
             return self._run_as_it_is(work, slot)
         if slot not in self._graphs and not self._record(work, slot):
@@ -99,7 +100,6 @@ class Captured(Generic[Result]):
                 *(self._subject, before, now),
             )
         self._forget()
-        self._key = key
 
     def give_up(self, reason: str) -> None:
         """The work runs as it is from now on."""

@@ -66,6 +66,7 @@ class FusedRollout(PPO):
         self._own_methods: list[str] = []  # of the storage
         self._is_gaussian = False
         self._captured_rollout: Captured[None] | None = None
+        self._networks_key: tuple = ()  # of the rollout that has begun; none once it has its returns
         self._rollout_key: tuple = ()
         self._memory: RolloutMemory | None = None
         self._plain: PlainNetworks | None = None  # what the rollout acts by, if nothing is unusual
@@ -162,6 +163,7 @@ class FusedRollout(PPO):
         self._follow_storage()
         self._plain = self._plain_networks_of_rollout()
         if self._captured_rollout is not None:
+            self._networks_key = self._key_of_networks()
             self._rollout_key = self._key_of_rollout()
 
     def _memory_of_step(self) -> StepMemory:
@@ -299,7 +301,7 @@ class FusedRollout(PPO):
             self._last_obs.copy_(obs)
             slot = "returns with final values" if self._final_values.any_recorded else "returns"
             self._captured_rollout.run(lambda: self._returns(self._last_obs), self._key_of_rollout, slot=slot)
-            self._rollout_key = ()
+            self._networks_key = ()
         self._final_values.clear()
 
     def _returns(self, obs: TensorDict) -> None:
@@ -351,12 +353,16 @@ class FusedRollout(PPO):
         st = self.storage
         tensors = [st.actions, st.values, st.returns, st.advantages, st.actions_log_prob, st.rewards, st.dones]
         tensors += [*st.observations.values(), *(st.distribution_params or ()), *self._final_values.memory()]
-        modules = [self.actor, self.critic]
         numbers = (
             *(self.gamma, self.lam, self.normalize_advantage_per_mini_batch, self.global_advantage_statistics),
             self.backend,
         )
-        return addresses(modules, tensors), settings(modules), numbers, matmul_precision()
+        return self._networks_key or self._key_of_networks(), addresses((), tensors), numbers, matmul_precision()
+
+    def _key_of_networks(self) -> tuple:
+        """Their part of it, which takes the host longer than all of the returns."""
+        modules = [self.actor, self.critic]
+        return addresses(modules, ()), settings(modules)
 
     def _follow_storage(self) -> bool:
         """Notices what a user's storage does in its own way. Returns whether that has changed."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -149,8 +150,8 @@ def test_the_critic_beside_the_actor(
     monkeypatch.setattr(GraphOnCpu, "ahead", ahead)
     run = new_run(FUSED, **with_graph(CASES[name])).learn(ITERATIONS)
     num_steps = run.alg.storage.num_transitions_per_env
-    # the returns, which need the critic alone, are recorded first
-    assert [len(graph.streams) for graph in graphs] == [1, *[2] * (num_steps + 1)]
+    # each step, the returns, which need the critic alone, and the update
+    assert [len(graph.streams) for graph in graphs] == [*[2] * num_steps, 1, 2]
     assert all(any(isinstance(item, tuple) for item in stream) for graph in graphs for stream in graph.streams)
     assert run.distance(plain) == 0.0
     assert run.losses == plain.losses
@@ -210,6 +211,36 @@ def test_the_rollout_is_recorded_anew_with_other_arguments(
     before = alg._key_of_rollout()
     setattr(alg, name, "cpu" if name == "backend" else True)
     assert alg._key_of_rollout() != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda alg: setattr(alg, "gamma", 0.5),
+        lambda alg: setattr(alg.storage, "rewards", 1.0 + alg.storage.rewards),
+        lambda alg: setattr(alg.storage, "returns", torch.zeros_like(alg.storage.returns)),
+    ],
+    ids=["gamma", "rewards", "returns"],
+)
+def test_what_is_changed_before_the_returns_shows_in_them(
+    change: Callable, new_run: Callable, graphs: list[GraphOnCpu]
+) -> None:
+    """In the last step of a rollout, as a user's class may who steers by it."""
+    runs = []
+    for cuda_graph in (True, False):
+        run = new_run(FUSED, **with_graph(CASES["fixed"], cuda_graph=cuda_graph)).learn(4)
+        steps = itertools.count(1)
+
+        def step(actions: Tensor, run: object = run, steps: Iterator = steps, usual: Callable = run.env.step) -> tuple:
+            if next(steps) == run.alg.storage.num_transitions_per_env:
+                change(run.alg)
+            return usual(actions)
+
+        run.env.step = step
+        runs.append(run.rollout().alg)
+    assert min(graph.num_replays for graph in graphs) >= 1
+    for name in ("returns", "advantages"):
+        assert torch.equal(*(getattr(alg.storage, name) for alg in runs)), name
 
 
 def test_a_storage_that_stores_in_its_own_way_from_now_on(new_run: Callable) -> None:
