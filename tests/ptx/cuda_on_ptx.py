@@ -100,6 +100,11 @@ class CudaOnPtx:
     def __exit__(self, *error: object) -> None:
         self.memory.__exit__(*error)
 
+    def forget_tensors(self) -> None:
+        """Kernels may use none of those that were made so far."""
+        self.memory.tensors.clear()
+        self.forget_scratch()
+
     def forget_scratch(self) -> None:
         backend._scratch = ScratchPool()
 

@@ -323,6 +323,7 @@ def main() -> None:
             if args.cases and not args.cases.match(name):
                 continue
             found["cases"][name] = judged(launcher, args.backend, case)
+            launcher.forget_tensors()
             print(name, found["cases"][name], file=sys.stderr, flush=True)
         if args.cases:
             return json.dump(found, sys.stdout)

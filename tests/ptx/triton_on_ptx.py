@@ -75,6 +75,9 @@ class TritonOnPtx:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def forget_tensors(self) -> None:
+        """Those of a launch are its arguments; nothing else is kept."""
+
     def forget_scratch(self) -> None:
         backend._scratch = ScratchPool()
 
