@@ -36,6 +36,30 @@ def round_to_bfloat16_in_the_interpreter() -> None:
     InterpreterBuilder.cast_impl = cast_impl
 
 
+def patch_the_language_once_a_launch() -> None:
+    """Triton's interpreter replaces the language's functions anew for each function that a kernel calls: a third of the
+    time of its tests, for nothing."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch_language, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
+    patched: set[int] = set()  # modules, while a kernel runs
+
+    def patch(function):
+        names = function.__globals__.values()
+        modules = {id(module) for module in (language, language.core) if any(v is module for v in names)}
+        if modules <= patched:
+            return None
+        patched.update(modules)
+        return patch_language(function)
+
+    def restored(scope):
+        restore(scope)
+        patched.clear()
+
+    interpreter._patch_lang, interpreter._LangPatchScope.restore = patch, restored
+
+
 def run_what_triton_compiles() -> None:
     os.environ["TRITON_INTERPRET"] = "0"
     sys.path.extend(str(Path(__file__).parent / folder) for folder in ("ops/oracles", "ptx"))
@@ -51,3 +75,4 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     else:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported for the first time
         round_to_bfloat16_in_the_interpreter()
+        patch_the_language_once_a_launch()

@@ -125,7 +125,7 @@ def test_training_reaches_the_reward_of_the_stock(isaaclab):
 
     Another processor rounds otherwise, and the runs part: on the way up by half a point, at the end by some hundredths.
     """
-    arguments = ("--num-envs", 128, "--iterations", 100)
+    arguments = ("--num-envs", 128, "--iterations", 55)
     stock = isaaclab.run("train.py", "--algorithm", "PPO", "--wrapper", "stock", *arguments)
     ours = isaaclab.run("train.py", "--algorithm", "pyfast_ppo.rsl_rl:FusedPPO", "--wrapper", "ours", *arguments)
     assert (stock["algorithm"], ours["algorithm"]) == ("PPO", "FusedPPO")
