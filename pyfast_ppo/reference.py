@@ -168,6 +168,13 @@ def _clip(t: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     return torch.where((t >= low) & (t <= high), t, clamped)
 
 
+def _as_bound(bound: float | Tensor, like: Tensor) -> float | Tensor:
+    """In memory for torch.compile: what inductor makes of a number that changes keeps an older one here and there."""
+    if isinstance(bound, Tensor) or not torch.compiler.is_compiling():
+        return bound
+    return torch.full((), bound, dtype=like.dtype, device=like.device)
+
+
 def ppo_loss(
     mean: Tensor,  # [N, A]
     std: Tensor,  # [A] or [N, A]
@@ -211,12 +218,14 @@ def ppo_loss(
     # log_ratio + (clamped - log_ratio).detach() would not be clamped: past 10⁷ float32 rounds the difference by more
     # than 1. The zero that has the gradient is NaN if the log-ratio is not finite, so that it shows.
     ratio = torch.exp(clamped + (log_ratio - log_ratio.detach()))
-    clipped_ratio = _clip(ratio, 1.0 - clip_param, 1.0 + clip_param)
+    lowest, highest = _as_bound(1.0 - clip_param, ratio), _as_bound(1.0 + clip_param, ratio)
+    clipped_ratio = _clip(ratio, lowest, highest)
     surrogate = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
 
     # value loss
     if use_clipped_value_loss:
-        value_clipped = old_values + _clip(values - old_values, -clip_param, clip_param)
+        moved_by = _as_bound(clip_param, values)
+        value_clipped = old_values + _clip(values - old_values, -moved_by, moved_by)
         value_loss = torch.max((values - returns).pow(2), (value_clipped - returns).pow(2)).mean()
     else:
         value_loss = (returns - values).pow(2).mean()
@@ -237,7 +246,7 @@ def ppo_loss(
 
     with torch.no_grad():
         approx_kl = k3(log_ratio).mean()
-        clip_fraction = ((ratio < 1.0 - clip_param) | (ratio > 1.0 + clip_param)).to(dtype).mean()
+        clip_fraction = ((ratio < lowest) | (ratio > highest)).to(dtype).mean()
         fine = torch.isfinite(log_ratio)
         for rollout in (values, advantages, returns, old_values):
             fine = fine & torch.isfinite(rollout)

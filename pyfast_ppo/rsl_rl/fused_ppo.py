@@ -294,6 +294,7 @@ class FusedPPO(FusedRollout):
         self._follow_storage()
         if self.max_grad_norm is None:
             raise TypeError("max_grad_norm must be a number, got None; math.inf clips nothing")
+        _check_number("max_grad_norm", self.max_grad_norm)
         self._put_inputs_on_device()
         last_rate = None
         try:

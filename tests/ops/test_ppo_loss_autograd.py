@@ -559,6 +559,24 @@ def test_compiled_by_inductor(inputs: Inputs, backend: str, device: str) -> None
 
 
 @compiles
+@pytest.mark.parametrize("backend", ["eager"], indirect=True)
+def test_compiled_by_inductor_with_a_clip_range_that_changes(inputs: Inputs, backend: str) -> None:
+    """The formula, of which inductor may keep an older number."""
+    torch.compiler.reset()
+
+    inputs = {name: t.requires_grad_(name in DIFFERENTIABLE) for name, t in inputs.items()}
+
+    def step(clip_param: float) -> tuple[Tensor, ...]:
+        out = ppo_loss(**inputs, clip_param=clip_param, backend=backend)
+        return (*out, *torch.autograd.grad(out.loss, [inputs[name] for name in DIFFERENTIABLE]))
+
+    compiled = torch.compile(step)
+    for clip_param in (0.1, 0.2, 0.3, 0.15, 0.05):
+        for got, want in zip(compiled(clip_param), step(clip_param), strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-5)
+
+
+@compiles
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)
 def test_compiled_for_any_number_of_rows(backend: str, device: str) -> None:
     torch.compiler.reset()

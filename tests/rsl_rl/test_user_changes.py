@@ -372,6 +372,7 @@ def test_arguments_that_are_changed_later(name: str, value: object, new_run: Cal
         ("time_out_bootstrap", "final", "time_out_bootstrap must be one of"),
         ("kl_coef", -1.0, "kl_coef must be 0 or more, got -1.0"),
         ("kl_coef", math.nan, "kl_coef must be 0 or more, got nan"),
+        ("max_grad_norm", math.nan, "max_grad_norm must be 0 or more, got nan"),
     ],
 )
 def test_a_wrong_value_that_is_set_later(name: str, value: object, message: str, new_run: Callable) -> None:
